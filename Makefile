@@ -1,0 +1,51 @@
+# The whole interface of the repository. `make demo` and `make test` need only Python 3.11+ and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+MODEL  ?=
+ARGS   ?=
+LAYERS := platform engine adapters kernels migrations
+
+.PHONY: init demo serve test lint types imports unit fmt bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Loraplex needs Python 3.11 or newer; try `make PYTHON=python3.12 ...`")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@mkdir -p .ns/loraplex && for d in $(LAYERS); do ln -sfn ../../$$d .ns/loraplex/$$d; done
+	@touch $@
+
+init: $(STAMP)                    ## create the environment
+
+demo: $(STAMP)                    ## start the server on the demo model, run the tour, keep serving
+	$(BIN)/loraplex demo $(ARGS)
+
+serve: $(STAMP)                   ## make serve MODEL=dir-or-hub-id
+	@test -n "$(MODEL)" || { echo 'usage: make serve MODEL=<directory or hub id> [ARGS="--port 8000 ..."]'; exit 2; }
+	$(BIN)/loraplex serve --model $(MODEL) $(ARGS)
+
+test: lint types imports unit     ## everything CI runs
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	MYPYPATH=.ns $(BIN)/mypy -p loraplex
+
+imports: $(STAMP)
+	PYTHONPATH=.ns $(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)                   ## the README's tables
+	$(BIN)/loraplex bench table $(ARGS)
+
+clean:
+	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,306 @@
+"""What crosses the boundary between the API process and the engine process, and nothing else.
+
+All structs are frozen and serialise with msgpack. The engine knows tokens and adapter digests; it knows
+nothing about text, names, tenants or HTTP. Importing this module must stay cheap: no torch.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # eos, a stop token or (found by the client side) a stop string
+    LENGTH = "length"  # max_tokens or the model's context is used up
+    ABORT = "abort"  # cancelled by the caller
+    ERROR = "error"  # failed; the output carries `error`
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How to choose tokens. Values are validated by `engine/validation.py`, not here.
+
+    `temperature == 0` is greedy. `top_k <= 0` and `min_p == 0` and `top_p == 1` switch their filter off.
+    `logprobs`: None = none, 0 = the chosen token's only, k = also the k most likely.
+    `seed`: same seed, prompt, adapter and parameters give the same tokens whatever shares the batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None  # None = as far as the context reaches
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+
+
+class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
+    """One member of a request's composition: an adapter (by digest, hex without prefix) and its weight."""
+
+    digest: str
+    weight: float = 1.0
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One sequence to generate. `request_id` is unique among live requests. No adapters = the base model."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+    cache_salt: str = ""  # requests share prefix-cache blocks only with equal salts
+    priority: int = 0  # lower runs first
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities of one position from the raw logits (before temperature and filters)."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most likely
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    code: str
+    message: str
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """News of one request from one step. Exactly one output per request has a `finish_reason`: its last."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None  # one entry per new token, when asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first output; entry 0 is None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the stop token that ended it, if one did (eos excluded)
+    num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache; with the first output
+    error: ErrorInfo | None = None  # set exactly when finish_reason is ERROR
+    queue_s: float | None = None  # seconds waited before first being scheduled; with the first output
+
+
+class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
+    """A linear module that adapters may target: `path` relative to the causal LM, e.g.
+    `model.layers.0.self_attn.q_proj`; weight is `[out_features, in_features]`."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the API process has to know of the model; it never opens the model's directory."""
+
+    name: str  # directory name or hub id, as given
+    architecture: str  # e.g. "LlamaForCausalLM"
+    dtype: str  # "bfloat16" | "float32" | "float16"
+    device: str  # "cpu" | "cuda:0"
+    backend: str  # which kernels run: "torch" | "native" | "triton"
+    vocab_size: int
+    max_model_len: int
+    num_layers: int
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    tokenizer_json: str  # serialised `tokenizers.Tokenizer`
+    chat_template: str | None
+    special_tokens: dict[str, str]  # bos_token, eos_token, pad_token, unk_token as text
+    generation_defaults: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k...
+    modules: list[ModuleShape]  # every linear module adapters may target
+    num_parameters: int
+
+
+class MemoryInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes, by purpose. `adapter_page_bytes` = one 16-rank page that adapts every module."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_block_bytes: int
+    kv_blocks_total: int
+    kv_blocks_used: int  # held by running sequences
+    kv_blocks_cached: int  # free to reuse, but still holding a prefix
+    block_size: int
+    adapter_bytes_total: int
+    adapter_bytes_used: int
+    adapter_page_bytes: int
+    host_adapter_bytes_total: int
+    host_adapter_bytes_used: int
+    workspace_bytes: int
+    device_bytes_total: int  # the machine's memory (RAM on cpu)
+    device_bytes_free: int
+
+
+class AdapterState(StrEnum):
+    ABSENT = "absent"  # on disk only
+    HOST_LOADING = "host_loading"
+    HOST = "host"
+    DEVICE_LOADING = "device_loading"
+    DEVICE = "device"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class AdapterResidencyInfo(msgspec.Struct, frozen=True, kw_only=True):
+    digest: str
+    state: AdapterState
+    rank: int
+    pages: int
+    device_bytes: int
+    host_bytes: int
+    running: int  # sequences that use it now
+    waiting: int  # queued requests that will
+    pinned: bool
+    loaded_at: float | None  # unix seconds
+    last_used_at: float | None
+    hits: int
+    loads: int
+    evictions: int
+    error: str | None = None
+
+
+class FreedBytes(msgspec.Struct, frozen=True, kw_only=True):
+    device_bytes: int = 0
+    host_bytes: int = 0
+
+
+class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
+    request_id: str
+    state: str  # "running" | "waiting"
+    waiting_reason: str | None  # "kv" | "slot" | "adapter_loading" | "quota" | None
+    digests: list[str]
+    prompt_tokens: int
+    output_tokens: int
+    age_s: float
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot, sent about once a second while there is work and on request. Counters only grow."""
+
+    time: float
+    num_running: int
+    num_waiting: int
+    waiting_by_reason: dict[str, int]
+    running_digests: list[str]
+    waiting_digests: list[str]
+    kv_cache_usage: float  # 0..1
+    num_preemptions: int
+    prefix_cache_queries: int  # tokens
+    prefix_cache_hits: int  # tokens
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    step_tokens: int
+    adapter_loads: int
+    adapter_evictions: int
+    adapter_load_seconds: float
+    adapters_on_device: int
+    adapters_on_host: int
+    adapter_bytes_used: int
+    adapter_bytes_total: int
+
+
+# --- messages: API process -> engine process -------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    requests: list[GenerationRequest]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    request_ids: list[str]
+
+
+class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
+    """A question or order that is answered by one `Answer` with the same `call_id`.
+
+    Methods: "memory" -> MemoryInfo, "stats" -> EngineStats, "requests" -> list[RequestInfo],
+    "adapters" -> list[AdapterResidencyInfo] (those the engine has state for),
+    "load" (digest, wait) -> AdapterResidencyInfo, "evict" (digest, tier, drain, timeout_s) -> FreedBytes,
+    "pin" / "unpin" (digest) -> AdapterResidencyInfo, "forget" (digest, force, timeout_s): evict from every
+    tier, refuse new requests for it -> FreedBytes, "reset_prefix_cache" -> bool.
+    """
+
+    call_id: int
+    method: str
+    digest: str = ""
+    tier: str = "device"
+    wait: bool = True
+    drain: bool = False
+    force: bool = False
+    timeout_s: float | None = None
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+ToEngine = Submit | Cancel | Call | Shutdown
+
+# --- messages: engine process -> API process -------------------------------------------------------
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Start-up news for a progress bar."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    model: ModelInfo
+    memory: MemoryInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Start-up failed, for good; the process exits after it."""
+
+    error: ErrorInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """All news of one step in one message."""
+
+    outputs: list[SequenceOutput]
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    stats: EngineStats
+
+
+class AdapterEvent(msgspec.Struct, frozen=True, tag="adapter_event", omit_defaults=True):
+    """One transition of an adapter's residency."""
+
+    digest: str
+    before: AdapterState
+    after: AdapterState
+    seconds: float  # time spent in `before`
+    time: float
+    detail: str = ""
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
+    """`result` is the msgpack of the method's result type; exactly one of result and error is set."""
+
+    call_id: int
+    result: msgspec.Raw = msgspec.Raw(b"\xc0")
+    error: ErrorInfo | None = None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    time: float
+    steps: int
+
+
+FromEngine = Progress | Ready | Failed | Outputs | Stats | AdapterEvent | Answer | Heartbeat
