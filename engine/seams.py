@@ -1,0 +1,77 @@
+"""What the engine's loop asks of whoever runs the model, and what passes between the two. No torch.
+
+The scheduler writes a `Schedule`, the runner turns it into one forward pass, the engine reads back one `StepSample`
+per scheduled sequence. `launch` and `collect` are separate so that the CPU can prepare step n + 1 while a GPU runs n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loraplex.engine.api import TokenLogprobs
+from loraplex.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens `seq.token_ids[start : start + num_tokens]` run in this step; their blocks are in `seq.block_table`.
+
+    `samples`: the run reaches the last token, so its logits choose the next one.
+    """
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_tokens == 1 and self.samples
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many prompt log-probabilities this run owes: one per row whose next token is in the prompt.
+
+        Row i (token `start + i`) gives the entry of prompt token `start + i + 1`.
+        """
+        if not self.seq.wants_prompt_logprobs:
+            return 0
+        return max(
+            0, min(self.start + self.num_tokens, self.seq.num_prompt_tokens - 1) - self.start
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step. Decodes come first; inside decodes and inside the rest equal compositions are neighbours."""
+
+    scheduled: list[ScheduledSequence]
+    num_decodes: int
+    num_tokens: int
+    released_seq_ids: list[int]  # left the running set since the last schedule (ended or preempted)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """What one scheduled sequence got from the step. `token_id` is None exactly when it did not sample."""
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None  # of `token_id`, when the request asks for it
+    prompt_logprobs: list[TokenLogprobs] | None = (
+        None  # `ScheduledSequence.num_prompt_logprobs` entries
+    )
+
+
+class Runner(Protocol):
+    def launch(self, schedule: Schedule) -> Any:
+        """Start the step; `schedule.scheduled` is not empty. The handle goes to `collect`, once, in launch order.
+
+        Invariant the prefix cache rests on: within a layer the K and V of *all* the step's tokens are written before
+        any attention of that layer reads, since a sequence may share full blocks that another fills in this same step.
+        """
+        ...
+
+    def collect(self, handle: Any) -> list[StepSample]:
+        """Wait for the step; one entry per scheduled sequence, in order."""
+        ...

@@ -1,0 +1,136 @@
+"""One request's token state inside the engine. Knows nothing of models, tensors, text or who asked.
+
+`num_computed_tokens` is the heart: it counts the leading tokens whose K/V lie in `block_table`. Chunked prefill,
+prefix hits, decode and recompute after preemption are all "let it catch up with `num_tokens`".
+
+    token_ids:  | prompt ............................ | output ........ |
+                0            num_computed      num_prompt            num_tokens
+                [--- in the KV cache ---)[--- to compute ---------------)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from loraplex.engine.api import (
+    AdapterUse,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+
+class SequenceStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class WaitingReason(StrEnum):
+    """Why a waiting sequence was passed over the last time it was looked at. Values are RequestInfo's."""
+
+    KV = "kv"  # not enough free blocks
+    SLOT = "slot"  # no room on the device for one of its adapters
+    ADAPTER_LOADING = "adapter_loading"
+    QUOTA = "quota"  # the step has no sequence or token left
+
+
+def canonical_composition(adapters: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
+    """The form in which two requests with the same effect are equal: by digest, without zero weights."""
+    used = (use for use in adapters if use.weight != 0)
+    return tuple(sorted(used, key=lambda use: (use.digest, use.weight)))
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`seq_id` is unique for the life of the engine; `adapters` is in canonical order and is what the model applies."""
+
+    seq_id: int
+    request: GenerationRequest
+    adapters: tuple[AdapterUse, ...]
+    token_ids: list[int]  # prompt + output
+    num_prompt_tokens: int
+    max_num_tokens: int  # prompt + output never grow past this
+    eos_token_ids: frozenset[int]
+    arrival_time: float  # seconds, the engine's clock
+    seed: int  # the request's, or drawn when it was added
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    waiting_reason: WaitingReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    block_table: list[int] = field(default_factory=list)
+    first_scheduled_time: float | None = None
+    num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def from_request(
+        cls,
+        request: GenerationRequest,
+        *,
+        seq_id: int,
+        arrival_time: float,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+    ) -> Sequence:
+        num_prompt_tokens = len(request.prompt_token_ids)
+        max_tokens = request.sampling.max_tokens
+        return cls(
+            seq_id=seq_id,
+            request=request,
+            adapters=canonical_composition(request.adapters),
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=num_prompt_tokens,
+            max_num_tokens=min(
+                max_model_len,
+                max_model_len if max_tokens is None else num_prompt_tokens + max_tokens,
+            ),
+            eos_token_ids=eos_token_ids,
+            arrival_time=arrival_time,
+            seed=seed,
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(use.digest for use in self.adapters)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Prompt log-probabilities are asked for and not delivered yet (they go out with the first token)."""
+        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+
+    @property
+    def suppressed_token_ids(self) -> frozenset[int]:
+        """Tokens the sampler must not choose now: those that would end the sequence before `min_tokens`."""
+        if self.num_output_tokens >= self.sampling.min_tokens:
+            return frozenset()
+        return self.eos_token_ids | frozenset(self.sampling.stop_token_ids)
