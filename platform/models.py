@@ -1,0 +1,148 @@
+"""The registry's tables. Names of adapters live here and only here: the engine knows digests.
+
+An adapter's version numbers never repeat (`next_version` only grows, also over deletion and re-creation of the
+name), so `sql@3` means one content for ever. Rows of versions go when they are deleted; the audit log stays.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+DEFAULT_TENANT = "default"
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC in Python, whatever the database keeps (SQLite has no time zones)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        assert value is None or value.tzinfo is not None, "naive datetime on its way to the registry"
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON(none_as_null=True),
+    }
+
+
+class Adapter(Base):
+    """One name of one tenant. `deleted_at` keeps the version counter of a deleted name."""
+
+    __tablename__ = "adapter"
+    __table_args__ = (UniqueConstraint("tenant", "name"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(128), default=DEFAULT_TENANT)
+    name: Mapped[str] = mapped_column(String(128))
+    description: Mapped[str] = mapped_column(Text, default="")
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    next_version: Mapped[int] = mapped_column(default=1)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    deleted_at: Mapped[datetime | None]
+
+    versions: Mapped[list[AdapterVersion]] = relationship(
+        back_populates="adapter",
+        order_by="AdapterVersion.version",
+        lazy="raise",
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+    )
+    aliases: Mapped[list[Alias]] = relationship(
+        order_by="Alias.alias", lazy="raise", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+
+class AdapterVersion(Base):
+    """One content under one name. `manifest` is what validation found out about it (rank, modules, sizes...)."""
+
+    __tablename__ = "adapter_version"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "version"),
+        Index(None, "digest"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapter.id", ondelete="CASCADE"))
+    version: Mapped[int]
+    digest: Mapped[str] = mapped_column(String(64))
+    base_model: Mapped[str] = mapped_column(String(512))
+    manifest: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(16), default="ready")  # ready | failed | draining
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    last_used_at: Mapped[datetime | None]
+    num_requests: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_prompt_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    num_generated_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+
+    adapter: Mapped[Adapter] = relationship(back_populates="versions", lazy="raise")
+
+
+class Alias(Base):
+    """A movable name for one version: `sql:prod`."""
+
+    __tablename__ = "alias"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "alias"),
+        ForeignKeyConstraint(
+            ["adapter_id", "version"],
+            ["adapter_version.adapter_id", "adapter_version.version"],
+            ondelete="CASCADE",
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapter.id", ondelete="CASCADE"))
+    alias: Mapped[str] = mapped_column(String(128))
+    version: Mapped[int]
+
+
+class AuditEvent(Base):
+    """Who changed what, from what, to what. Never updated, never deleted."""
+
+    __tablename__ = "audit_event"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=utc_now)
+    tenant: Mapped[str] = mapped_column(String(128), default=DEFAULT_TENANT)
+    actor: Mapped[str] = mapped_column(String(128))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(256))
+    before: Mapped[dict[str, Any] | None]
+    after: Mapped[dict[str, Any] | None]
