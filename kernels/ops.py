@@ -1,9 +1,10 @@
 """The operations a decoder layer is made of, and the one place that chooses who computes them.
 
-A backend is an object with the methods of `Ops`. Three exist or will: `TorchOps` (plain torch: the oracle, and
-the shipped path where there is no compiler), `NativeOps` (C++ compiled at first start where a compiler is found) and
-`TritonOps` (GPU). The LoRA delta is folded into operations the base model needs anyway (rope + KV write, SwiGLU,
-add + norm), with "no adapters" as the base case, so base and LoRA are one code path.
+A backend is an object with the methods of `Ops`. Three exist or will: `TorchOps` (plain torch, the
+path where there is no compiler), `NativeOps` (C++ compiled at first start where a compiler is
+found) and `TritonOps` (GPU). The LoRA delta is folded into operations the base model needs anyway
+(rope + KV write, SwiGLU, add + norm), with "no adapters" as the base case, so base and LoRA are one
+code path.
 
 Shapes: T = tokens of the step, S = sequences of the step, M = adapted module kinds.
 """
@@ -40,23 +41,34 @@ PAGE_RANKS = 16  # ranks per page
 class PageTables:
     """Where every adapter page lies. Owned and updated by the adapter pool; read by the kernels.
 
-    A page holds 16 ranks of one adapter: for each adapted module of each layer a tile A `[16, in]` and a tile
-    B-transposed `[16, out]`, both row-major, rows past the live ranks zero.
+    A page holds 16 ranks of one adapter: for each adapted module of each layer a tile A `[16, in]`
+    and a tile B-transposed `[16, out]`, both row-major, rows past the live ranks zero. The offsets
+    are those of the tiles' first elements in the arena, -1 where the page does not adapt the
+    module.
+
+    version: the owner adds 1 at every install or remove; a backend may keep what it derived until
+    then.
     """
 
     arena: Tensor  # [num_elements] model dtype
-    offset_a: Tensor  # [num_pages, num_layers, M] int64, element offset of tile A, -1 = not adapted
-    offset_b: Tensor  # [num_pages, num_layers, M] int64, element offset of tile B^T, -1 = not adapted
+    offset_a: Tensor  # [num_pages, num_layers, M] int64
+    offset_b: Tensor  # [num_pages, num_layers, M] int64
     live_ranks: Tensor  # [num_pages, num_layers, M] int32, rows in use, 0 = not adapted
     scaling: Tensor  # [num_pages, num_layers, M] float32, alpha/r (or alpha/sqrt(r)) of the module
+    version: int = 0
 
 
 @dataclass(slots=True)
 class LoraBatch:
     """Which pages apply to which rows of the step.
 
-    Rows of equal composition are contiguous. Tile i covers rows `tiles[i, 0] .. tiles[i, 0] + tiles[i, 1]` and uses
-    pages `page_ids[tiles[i, 2] : tiles[i, 2] + tiles[i, 3]]`. Rows without adapters appear in no tile.
+    Rows of equal composition are contiguous. Tile i covers rows `tiles[i, 0] .. tiles[i, 0] +
+    tiles[i, 1]` and uses pages `page_ids[tiles[i, 2] : tiles[i, 2] + tiles[i, 3]]`. Rows without
+    adapters appear in no tile. The host lists equal the tensors, for backends that walk them in
+    Python.
+
+    adapted: the (layer, module) pairs that any page of the batch adapts.
+    plan: a backend's own notes for this step; a batch object is never reused for another step.
     """
 
     tables: PageTables
@@ -64,15 +76,20 @@ class LoraBatch:
     page_ids: Tensor  # [num_page_entries] int32
     page_weights: Tensor  # [num_page_entries] float32, the composition weight
     max_pages: int  # most page entries of one tile
-    host_tiles: list[tuple[int, int, int, int]] = field(default_factory=list)  # the same as `tiles`, for loops in Python
+    host_tiles: list[tuple[int, int, int, int]] = field(default_factory=list)
     host_page_ids: list[int] = field(default_factory=list)
     host_page_weights: list[float] = field(default_factory=list)
-    adapted: frozenset[tuple[int, int]] = frozenset()  # (layer, module) pairs that any page of the batch adapts
+    adapted: frozenset[tuple[int, int]] = frozenset()
+    plan: object | None = None
 
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """Where the step's tokens stand. Sequences with one query token (decodes) come first: `num_decodes` of them."""
+    """Where the step's tokens stand. The `num_decodes` sequences with one query token come first.
+
+    seq_ids: engine-wide unique sequence numbers; a backend may keep per-sequence state under them.
+    plan: a backend's own notes for this step; a batch object is never reused for another step.
+    """
 
     positions: Tensor  # [T] int64, position of each token in its sequence
     slot_mapping: Tensor  # [T] int64, block_id * block_size + offset
@@ -80,14 +97,15 @@ class AttentionBatch:
     query_start: Tensor  # [S + 1] int32, first row of each sequence
     context_lens: Tensor  # [S] int32, tokens in the KV cache after this step's writes
     num_decodes: int
-    seq_ids: list[int]  # [S] engine-wide unique sequence numbers (a backend may key per-sequence state by them)
+    seq_ids: list[int]  # [S]
     host_query_start: list[int]
     host_context_lens: list[int]
     host_block_tables: list[list[int]]
+    plan: object | None = None
 
 
 class Linear(Protocol):
-    """A weight prepared for this backend. `[T, in] -> [T, out]`; bias included when the layer has one."""
+    """A weight prepared for this backend, `[T, in] -> [T, out]`, bias included if it has one."""
 
     in_features: int
     out_features: int
@@ -110,7 +128,7 @@ class Ops(Protocol):
     name: str  # "torch" | "native" | "triton"
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Prepare weight `[out, in]` (model dtype). May keep a packed copy only; the caller drops its own."""
+        """Prepare weight `[out, in]`. May keep a packed copy only; the caller drops its own."""
         ...
 
     def kv_cache(
@@ -129,15 +147,16 @@ class Ops(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`x * rsqrt(mean(x^2) + eps) * weight`, statistics in fp32. `[T, H] -> [T, H]` new tensor."""
+        """`x * rsqrt(mean(x^2) + eps) * weight`, statistics in fp32. `[T, H] -> [T, H]`, new."""
         ...
 
     def lora_shrink(
         self, x: Tensor, lora: LoraBatch | None, layer: int, modules: tuple[Module, ...]
     ) -> Tensor | None:
-        """`t[i] = x A_i^T` for every row, page and module. Opaque to the caller: it hands it to the matching expand.
+        """`t[i] = x A_i^T` for every row, page and module.
 
-        None when the batch has no adapters or none that adapts these modules of this layer.
+        Opaque to the caller, who hands it to the matching expand. None when the batch has no
+        adapters or none that adapts these modules of this layer.
         """
         ...
 
@@ -156,11 +175,11 @@ class Ops(Protocol):
         kv: KVCache,
         batch: AttentionBatch,
     ) -> Tensor:
-        """Add the q/k/v deltas, per-head RMSNorm of q and k if given (Qwen3), rotate (half-split rope), write K and V.
+        """Add the q/k/v deltas, RMSNorm q and k per head if given (Qwen3), rotate, write K and V.
 
-        qkv: `[T, (num_heads + 2 * num_kv_heads) * head_dim]`, may be changed. cos, sin: `[T, head_dim]` in fp32 or
-        model dtype, already gathered by position, halves duplicated (`cat(freqs, freqs)`).
-        Returns q `[T, num_heads, head_dim]` rotated.
+        qkv: `[T, (num_heads + 2 * num_kv_heads) * head_dim]`, may be changed. cos, sin: `[T,
+        head_dim]` in fp32 or model dtype, already gathered by position, halves duplicated
+        (`cat(freqs, freqs)`), for half-split rope. Returns q `[T, num_heads, head_dim]` rotated.
         """
         ...
 
@@ -173,9 +192,10 @@ class Ops(Protocol):
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """Causal attention of each query over its sequence's blocks. Called after `rope_kv_write` of the same layer.
+        """Causal attention of each query over its sequence's blocks, `[T, num_heads * head_dim]`.
 
-        sliding_window w: position i sees j with i - w < j <= i. Returns `[T, num_heads * head_dim]`.
+        Called after `rope_kv_write` of the same layer. sliding_window w: position i sees j with
+        i - w < j <= i.
         """
         ...
 
@@ -190,7 +210,7 @@ class Ops(Protocol):
         weight: Tensor,
         eps: float,
     ) -> Tensor:
-        """`residual += y + delta` in place, then RMSNorm of it. module: O or DOWN. Returns normed `[T, H]`."""
+        """`residual += y + delta` in place, then RMSNorm of it, `[T, H]`. module: O or DOWN."""
         ...
 
     def swiglu(

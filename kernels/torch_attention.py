@@ -1,0 +1,136 @@
+"""Paged keys and values in plain torch, and attention over them.
+
+Pages are token-major, so a step's write is one `index_copy_` per tensor and a gathered block table
+reads as a view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loraplex.kernels.ops import AttentionBatch
+
+
+@dataclass(slots=True, eq=False)
+class AttentionPlan:
+    """One step's notes: the last written keys and values, and the masks, shared by all layers."""
+
+    owner: TorchKVCache
+    k: Tensor | None = None  # [T, Hk, D] just written
+    v: Tensor | None = None
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+
+class TorchKVCache:
+    """K and V: `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        shape = (num_layers, num_blocks * block_size, num_kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.nbytes = self.k.nbytes + self.v.nbytes
+
+    def copy_block(self, source: int, target: int) -> None:
+        size = self.block_size
+        for pages in (self.k, self.v):
+            blocks = pages.view(pages.shape[0], self.num_blocks, size, *pages.shape[2:])
+            blocks[:, target].copy_(blocks[:, source])
+
+    def plan(self, batch: AttentionBatch) -> AttentionPlan:
+        plan = batch.plan
+        if not isinstance(plan, AttentionPlan) or plan.owner is not self:
+            batch.plan = plan = AttentionPlan(self)
+        return plan
+
+    def write(self, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
+        """Store the step's keys and values, `[T, Hk, D]` each, at `batch.slot_mapping`."""
+        self.k[layer].index_copy_(0, batch.slot_mapping, k)
+        self.v[layer].index_copy_(0, batch.slot_mapping, v)
+        plan = self.plan(batch)
+        plan.k, plan.v = k, v
+
+    def gather(self, layer: int, block_table: list[int], length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens of a sequence, `[length, Hk, D]` each."""
+        num_blocks = -(-length // self.block_size)
+        table = torch.tensor(block_table[:num_blocks], device=self.k.device)
+        shape = (self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        k = self.k[layer].view(shape)[table].flatten(0, 1)[:length]
+        v = self.v[layer].view(shape)[table].flatten(0, 1)[:length]
+        return k, v
+
+
+def attend(
+    q: Tensor,
+    kv: TorchKVCache,
+    layer: int,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of the step. q: `[T, Hq, D]`. Returns `[T, Hq * D]`."""
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    for index in range(len(batch.seq_ids)):
+        first, last = batch.host_query_start[index], batch.host_query_start[index + 1]
+        if first == last:
+            continue
+        out[first:last] = _attend_one(q, kv, layer, batch, index, scale, window).flatten(1)
+    return out
+
+
+def _attend_one(
+    q: Tensor,
+    kv: TorchKVCache,
+    layer: int,
+    batch: AttentionBatch,
+    index: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    first, last = batch.host_query_start[index], batch.host_query_start[index + 1]
+    length, num_queries = batch.host_context_lens[index], last - first
+    plan = kv.plan(batch)
+    mask = None
+    if length == num_queries and plan.k is not None and plan.v is not None:
+        k, v = plan.k[first:last], plan.v[first:last]
+    else:
+        k, v = kv.gather(layer, batch.host_block_tables[index], length)
+    causal = length == num_queries
+    if not causal or (window is not None and length > window):
+        mask = plan.masks.get((index, window))
+        if mask is None:
+            mask = plan.masks[index, window] = _mask(num_queries, length, window, q.device)
+        causal = False
+    return F.scaled_dot_product_attention(
+        q[first:last].transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=True,
+    )[0].transpose(0, 1)
+
+
+def _mask(num_queries: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """`[queries, length]` bool, the queries being the last positions."""
+    query = torch.arange(length - num_queries, length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
