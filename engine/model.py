@@ -1,0 +1,164 @@
+"""The decoder: Llama, Mistral, Qwen2 and Qwen3 in one forward pass over a flat token axis.
+
+T tokens of all the step's sequences stand in one row after another; where each belongs is said by the batch. Every
+operation comes from `kernels.ops`, which also adds the adapters' deltas: there is no other forward pass for LoRA.
+Knows nothing about requests, sampling or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.loader import Checkpoint
+from loraplex.engine.model_config import DecoderConfig
+from loraplex.engine.rope import RotaryEmbedding
+from loraplex.kernels.ops import (
+    GATE_UP,
+    QKV,
+    AttentionBatch,
+    KVCache,
+    Linear,
+    LoraBatch,
+    Module,
+    Ops,
+)
+
+O_ONLY = (Module.O,)
+DOWN_ONLY = (Module.DOWN,)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    qkv: Linear
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    o: Linear
+    post_attention_norm: Tensor  # [hidden]
+    gate_up: Linear
+    down: Linear
+    next_norm: Tensor  # the next layer's input norm, after the last layer the final norm
+    sliding_window: int | None
+
+
+class Decoder:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        ops: Ops,
+        embedding: Tensor,
+        first_norm: Tensor,
+        layers: list[Layer],
+        lm_head: Linear,
+    ) -> None:
+        self.config = config
+        self.ops = ops
+        self.embedding = embedding  # [vocab, hidden]
+        self.first_norm = first_norm
+        self.layers = layers
+        self.lm_head = lm_head
+        self._rope = RotaryEmbedding(config.rope, embedding.device)
+        self._scale: float = config.head_dim**-0.5
+
+    def forward(
+        self, token_ids: Tensor, kv: KVCache, batch: AttentionBatch, lora: LoraBatch | None
+    ) -> Tensor:
+        """One step: `[T] int64 -> [T, hidden]`, normed and ready for `logits`. Writes the tokens' K and V."""
+        ops, eps, heads = self.ops, self.config.rms_norm_eps, self.config.num_heads
+        cos, sin = self._rope(batch.positions)
+        residual = ops.embed(token_ids, self.embedding)
+        x = ops.rms_norm(residual, self.first_norm, eps)
+        for i, layer in enumerate(self.layers):
+            t = ops.lora_shrink(x, lora, i, QKV)
+            q = ops.rope_kv_write(
+                layer.qkv(x), t, lora, i, cos, sin, layer.q_norm, layer.k_norm, eps, heads, kv, batch
+            )  # fmt: skip
+            x = ops.attention(q, kv, i, batch, self._scale, layer.sliding_window)
+            t = ops.lora_shrink(x, lora, i, O_ONLY)
+            x = ops.add_rms_norm(
+                layer.o(x), t, lora, i, Module.O, residual, layer.post_attention_norm, eps
+            )
+            t = ops.lora_shrink(x, lora, i, GATE_UP)
+            x = ops.swiglu(layer.gate_up(x), t, lora, i)
+            t = ops.lora_shrink(x, lora, i, DOWN_ONLY)
+            x = ops.add_rms_norm(
+                layer.down(x), t, lora, i, Module.DOWN, residual, layer.next_norm, eps
+            )
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[R, hidden] -> [R, vocab]` in model dtype."""
+        return self.lm_head(hidden)
+
+    @property
+    def nbytes(self) -> int:
+        linears = [self.lm_head]
+        norms = [self.embedding, self.first_norm]
+        for layer in self.layers:
+            linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
+            norms += [layer.post_attention_norm, layer.next_norm]
+        return sum(linear.nbytes for linear in linears) + sum(norm.nbytes for norm in norms)
+
+
+@torch.inference_mode()
+def load_decoder(
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Decoder:
+    """Read the weights, fusing q/k/v and gate/up layer by layer. `progress`: layers done, layers in all.
+
+    Raises: ModelError when a tensor is missing or misshapen.
+    """
+    checkpoint.check(
+        config.tensor_shapes(), ignored=("lm_head.weight",) if config.tie_word_embeddings else ()
+    )
+    embedding = checkpoint.read_stacked(["model.embed_tokens.weight"], dtype, device)
+
+    def tensor(name: str) -> Tensor:
+        return checkpoint.read_stacked([name], dtype, device)
+
+    def linear(prefix: str, names: tuple[str, ...], bias: bool) -> Linear:
+        weight = checkpoint.read_stacked([f"{prefix}{n}.weight" for n in names], dtype, device)
+        if not bias:
+            return ops.linear(weight)
+        return ops.linear(
+            weight, checkpoint.read_stacked([f"{prefix}{n}.bias" for n in names], dtype, device)
+        )
+
+    def layer(i: int) -> Layer:
+        prefix = f"model.layers.{i}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        last = i + 1 == config.num_layers
+        return Layer(
+            qkv=linear(attention, ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
+            q_norm=tensor(attention + "q_norm.weight") if config.qk_norm else None,
+            k_norm=tensor(attention + "k_norm.weight") if config.qk_norm else None,
+            o=linear(attention, ("o_proj",), config.o_bias),
+            post_attention_norm=tensor(prefix + "post_attention_layernorm.weight"),
+            gate_up=linear(mlp, ("gate_proj", "up_proj"), config.mlp_bias),
+            down=linear(mlp, ("down_proj",), config.mlp_bias),
+            next_norm=tensor(
+                "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
+            ),
+            sliding_window=config.sliding_windows[i],
+        )
+
+    layers = []
+    for i in range(config.num_layers):
+        progress(i, config.num_layers + 1)
+        layers.append(layer(i))
+    progress(config.num_layers, config.num_layers + 1)
+    lm_head = (
+        ops.linear(embedding) if config.tie_word_embeddings else linear("", ("lm_head",), False)
+    )
+    progress(config.num_layers + 1, config.num_layers + 1)
+    return Decoder(
+        config, ops, embedding, tensor("model.layers.0.input_layernorm.weight"), layers, lm_head
+    )
