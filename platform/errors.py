@@ -35,7 +35,7 @@ STATUS: Mapping[str, int] = {
     "queue_full": 429,
     "internal_error": 500,
     "model_unsupported": 500,
-    "insufficient_storage": 507,
+    "storage_full": 507,
     "engine_unavailable": 503,
     "model_loading": 503,
 }

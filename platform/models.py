@@ -39,7 +39,9 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        assert value is None or value.tzinfo is not None, "naive datetime on its way to the registry"
+        assert value is None or value.tzinfo is not None, (
+            "naive datetime on its way to the registry"
+        )
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -89,7 +91,10 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """One content under one name. `manifest` is what validation found out about it (rank, modules, sizes...)."""
+    """One content under one name. `manifest` sums up what validation found out about it (rank, modules, sizes...).
+
+    `model_signature` names the module shapes it was validated against; another one at start means: check again.
+    """
 
     __tablename__ = "adapter_version"
     __table_args__ = (
@@ -102,6 +107,7 @@ class AdapterVersion(Base):
     version: Mapped[int]
     digest: Mapped[str] = mapped_column(String(64))
     base_model: Mapped[str] = mapped_column(String(512))
+    model_signature: Mapped[str] = mapped_column(String(64))
     manifest: Mapped[dict[str, Any]]
     status: Mapped[str] = mapped_column(String(16), default="ready")  # ready | failed | draining
     error: Mapped[str | None] = mapped_column(Text)

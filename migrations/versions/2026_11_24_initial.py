@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("base_model", sa.String(512), nullable=False),
+        sa.Column("model_signature", sa.String(64), nullable=False),
         sa.Column("manifest", sa.JSON(), nullable=False),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),

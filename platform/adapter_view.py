@@ -1,0 +1,142 @@
+"""Registry rows and engine news as the objects that clients see. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loraplex.adapters.manifest import AdapterManifest
+from loraplex.engine.api import AdapterResidencyInfo, AdapterState
+from loraplex.platform.models import Adapter, AdapterVersion
+from loraplex.platform.schemas import (
+    AdapterDetail,
+    AdapterObject,
+    AdapterVersionObject,
+    Residency,
+    Slot,
+    TierBytes,
+    TieredAdapter,
+)
+
+ResidencyMap = Mapping[str, AdapterResidencyInfo]
+
+_RESIDENCY: Mapping[AdapterState, Residency] = {
+    AdapterState.HOST_LOADING: "loading",
+    AdapterState.DEVICE_LOADING: "loading",
+    AdapterState.HOST: "host",
+    AdapterState.DEVICE: "device",
+    AdapterState.DRAINING: "device",
+}
+
+
+def manifest_summary(manifest: AdapterManifest) -> dict[str, Any]:
+    """What the registry keeps of a manifest; the store has all of it."""
+    return {
+        "rank": manifest.rank,
+        "alpha": manifest.alpha,
+        "scaling": manifest.scaling,
+        "target_modules": list(manifest.target_modules),
+        "num_parameters": manifest.num_parameters,
+        "size_bytes": manifest.size_bytes,
+        "dtype": manifest.dtype,
+        "pages": manifest.pages,
+        "warnings": [problem.to_dict() for problem in manifest.warnings],
+    }
+
+
+def residency(digest: str, resident: ResidencyMap) -> Residency:
+    info = resident.get(digest)
+    return "disk" if info is None else _RESIDENCY.get(info.state, "disk")
+
+
+def version_fields(row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any]:
+    return {
+        **row.manifest,
+        "version": row.version,
+        "digest": f"sha256:{row.digest}",
+        "status": row.status,
+        "error": row.error,
+        "residency": residency(row.digest, resident),
+        "created_at": int(row.created_at.timestamp()),
+        "last_used_at": None if row.last_used_at is None else int(row.last_used_at.timestamp()),
+        "num_requests": row.num_requests,
+        "num_prompt_tokens": row.num_prompt_tokens,
+        "num_generated_tokens": row.num_generated_tokens,
+    }
+
+
+def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any]:
+    return {
+        **version_fields(row, resident),
+        "id": adapter.name,
+        "tenant": adapter.tenant,
+        "base_model": row.base_model,
+        "description": adapter.description,
+        "metadata": adapter.metadata_,
+        "aliases": {alias.alias: alias.version for alias in adapter.aliases},
+    }
+
+
+def adapter_object(
+    adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
+) -> AdapterObject:
+    """`adapter` with versions and aliases loaded, seen through `row` (default: the newest version)."""
+    return AdapterObject(**_object_fields(adapter, row or adapter.versions[-1], resident))
+
+
+def adapter_detail(
+    adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
+) -> AdapterDetail:
+    return AdapterDetail(
+        **_object_fields(adapter, row or adapter.versions[-1], resident),
+        versions=[
+            AdapterVersionObject(**version_fields(version, resident))
+            for version in adapter.versions
+        ],
+    )
+
+
+def slot(info: AdapterResidencyInfo, row: AdapterVersion | None) -> Slot:
+    return Slot(
+        id=None if row is None else row.adapter.name,
+        version=None if row is None else row.version,
+        digest=f"sha256:{info.digest}",
+        state=str(info.state),
+        rank=info.rank,
+        pages=info.pages,
+        device_bytes=info.device_bytes,
+        host_bytes=info.host_bytes,
+        running=info.running,
+        waiting=info.waiting,
+        pinned=info.pinned,
+        loaded_at=info.loaded_at,
+        last_used_at=info.last_used_at,
+        hits=info.hits,
+        loads=info.loads,
+        evictions=info.evictions,
+        error=info.error,
+    )
+
+
+def tiered_adapter(
+    row: AdapterVersion, info: AdapterResidencyInfo | None, disk_bytes: int
+) -> TieredAdapter:
+    resident = {} if info is None else {info.digest: info}
+    return TieredAdapter(
+        id=row.adapter.name,
+        version=row.version,
+        digest=f"sha256:{row.digest}",
+        status=row.status,  # type: ignore[arg-type]  # checked by pydantic
+        tier=residency(row.digest, resident),
+        bytes=TierBytes(
+            disk=disk_bytes,
+            host=0 if info is None else info.host_bytes,
+            device=0 if info is None else info.device_bytes,
+        ),
+        hits=0 if info is None else info.hits,
+        loads=0 if info is None else info.loads,
+        evictions=0 if info is None else info.evictions,
+        pinned=info is not None and info.pinned,
+        running=0 if info is None else info.running,
+        waiting=0 if info is None else info.waiting,
+    )

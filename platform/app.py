@@ -1,0 +1,218 @@
+"""The application: what it is made of, how it starts and ends, how errors look. `create_app` is all that is public."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from loraplex.adapters.errors import AdapterError, AdapterRefused
+from loraplex.adapters.store import AdapterStore
+from loraplex.engine.errors import EngineError
+from loraplex.platform import errors
+from loraplex.platform.adapter_service import AdapterService
+from loraplex.platform.admin_service import AdminService
+from loraplex.platform.auth import ApiKeyMiddleware
+from loraplex.platform.body_limit import BodyLimitMiddleware
+from loraplex.platform.db import Database
+from loraplex.platform.engine_port import EnginePort
+from loraplex.platform.errors import ApiError
+from loraplex.platform.inference import InferenceService
+from loraplex.platform.reconcile import reconcile_files, reconcile_model
+from loraplex.platform.routes import adapters, admin, health, openai
+from loraplex.platform.runtime import Runtime
+from loraplex.platform.served_model import ServedModel, served_name
+from loraplex.platform.settings import Settings
+from loraplex.platform.telemetry import RequestMetrics
+from loraplex.platform.usage import UsageMeter
+
+log = logging.getLogger(__name__)
+
+OnEngineFailed = Callable[[Exception], None]
+
+
+def create_app(
+    settings: Settings,
+    engine: EnginePort | None = None,
+    *,
+    on_engine_failed: OnEngineFailed | None = None,
+) -> FastAPI:
+    """The ASGI application of one server.
+
+    The lifespan opens the registry and the store, then starts the engine in the background, so that /healthz answers
+    while the model loads. `engine` replaces the engine process (tests). `on_engine_failed` hears of a start-up that can
+    never succeed (wrong model, too little memory): the CLI prints it and stops the server.
+    """
+    if engine is None:
+        from loraplex.engine.client import EngineClient
+
+        engine = EngineClient(settings.engine_config())
+    serving = engine
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        store = await asyncio.to_thread(AdapterStore, settings.adapter_dir.absolute())
+        db = await Database.open(settings.effective_database_url)
+        await reconcile_files(db, store)
+        service = AdapterService(db, store, serving, settings.max_upload_bytes)
+        runtime = Runtime(
+            settings=settings,
+            engine=serving,
+            db=db,
+            store=store,
+            adapters=service,
+            admin=AdminService(db, store, serving, service),
+            inference=InferenceService(serving, service),
+            metrics=RequestMetrics(),
+            usage=UsageMeter(db),
+            base_name=served_name(settings.model, settings.served_model_name),
+        )
+        app.state.runtime = runtime
+        tasks = [
+            asyncio.create_task(_start_engine(runtime, on_engine_failed)),
+            asyncio.create_task(runtime.usage.run()),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await serving.stop()
+            await runtime.usage.flush()
+            await db.close()
+
+    app = FastAPI(
+        title="Loraplex",
+        description="Many LoRA adapters of one base model, served from one process pair.",
+        version=version("loraplex"),
+        lifespan=lifespan,
+        redoc_url=None,
+        middleware=[
+            Middleware(ApiKeyMiddleware, keys=[key.get_secret_value() for key in settings.api_key]),
+            Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
+        ],
+        exception_handlers=_HANDLERS,
+    )
+    for routes in (adapters, admin, openai, health):
+        app.include_router(routes.router)
+    return app
+
+
+async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> None:
+    try:
+        await runtime.engine.start()
+        info = runtime.engine.info
+        assert info is not None, "an engine that started knows its model"
+        model = await asyncio.to_thread(ServedModel.from_info, info, runtime.base_name)
+        await reconcile_model(runtime.db, runtime.store, model)
+        runtime.model = model
+    except Exception as error:
+        log.error("engine_start_failed", extra={"reason": str(error)})
+        if on_failed is not None:
+            on_failed(error)
+        return
+    log.info(
+        "ready",
+        extra={
+            "model": runtime.base_name,
+            "device": info.device,
+            "dtype": info.dtype,
+            "backend": info.backend,
+        },
+    )
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def _respond(status: int, code: str, message: str, **fields: Any) -> JSONResponse:
+    return JSONResponse(
+        errors.body(status, code, message, **fields), status, headers=errors.headers(status, code)
+    )
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _respond(
+        error.status, error.code, error.message, param=error.param, details=error.details
+    )
+
+
+async def _engine_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    if error.code == "queue_full":
+        request.app.state.runtime.metrics.rejections += 1
+    return _respond(errors.status_of(error), error.code, error.message)
+
+
+async def _adapter_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AdapterError)
+    if isinstance(error, AdapterRefused):
+        details = [problem.to_dict() for problem in error.problems]
+        return _respond(422, error.code, f"adapter refused: {error.message}", details=details)
+    return _respond(errors.STATUS.get(error.code, 500), error.code, error.message)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """FastAPI's own checks: 400, the first problem in the message, all of them in `details`."""
+    assert isinstance(error, RequestValidationError)
+    problems = [_problem(item) for item in error.errors()]
+    first = problems[0]
+    where = first["param"]
+    message = f"{where}: {first['message']}" if where else str(first["message"])
+    return _respond(400, "invalid_request", message, param=where, details=problems)
+
+
+def _problem(item: dict[str, Any]) -> dict[str, Any]:
+    # loc: ("body", field, ...) and branches of unions behind it; a broken JSON text has its position there.
+    loc = item["loc"]
+    param = loc[1] if len(loc) > 1 and isinstance(loc[1], str) else None
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "json_invalid":
+        message = f"the body is not valid JSON: {item.get('ctx', {}).get('error', message)}"
+    elif not loc[1:]:
+        message = f"the body is not what this route takes: {message}"
+    return {"param": param, "message": message}
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404:
+        message = f"there is no {request.url.path}; /docs lists what there is"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("allow", "")
+        message = f"{request.method} is not allowed on {request.url.path}; allowed: {allowed}"
+    return _respond(error.status_code, errors.code_of(error.status_code), message)
+
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Our bug. The log has the traceback (the server writes it), the client only this."""
+    return _respond(500, "internal_error", "an internal error; the server's log has the details")
+
+
+_HANDLERS: dict[int | type[Exception], Any] = {
+    ApiError: _api_error,
+    EngineError: _engine_error,
+    AdapterError: _adapter_error,
+    RequestValidationError: _validation_error,
+    HTTPException: _http_error,
+    ClientDisconnect: _disconnected,
+    Exception: _unexpected,
+}

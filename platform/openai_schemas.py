@@ -1,0 +1,229 @@
+"""Request bodies of `/v1/completions` and `/v1/chat/completions`: OpenAI's fields, vLLM's extras, our adapter fields.
+
+Unknown fields are accepted and ignored (clients send many); known ones are checked. What this server cannot do is
+refused by name, never silently dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loraplex.engine.api import SamplingParams
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_ADAPTERS = 8
+
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class AdapterWeight(BaseModel):
+    """One member of a composition."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
+
+
+class GenerationBody(BaseModel):
+    """What both inference routes take."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = Field(None, description="The base model or a reference to an adapter.")
+    adapter_id: str | None = Field(
+        None, description="An adapter: `id`, `id@version`, `id:alias` or `sha256:...`."
+    )
+    adapters: Annotated[list[AdapterWeight], Field(max_length=MAX_ADAPTERS)] | None = Field(
+        None, description="A weighted composition of adapters, applied at run time."
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        None,
+        description="0 = greedy. Default: the model's generation_config, else 1. So for top_p, top_k, min_p and "
+        "repetition_penalty.",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Seed | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: int | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    user: str | None = None
+    use_beam_search: bool | None = None
+    bad_words: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    default_max_tokens: ClassVar[int | None] = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _no_stop_is_none(cls, value: Any) -> Any:
+        return None if value in ("", []) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerationBody:
+        if self.adapter_id and self.adapters:
+            raise ValueError("adapter_id and adapters exclude each other; send one of them")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    def unsupported(self) -> tuple[str, str] | None:
+        """(field, why) of the first thing asked for that this server cannot do."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            return "best_of", "best_of is not supported; use n"
+        if self.use_beam_search:
+            return "use_beam_search", "beam search is not supported"
+        if self.bad_words:
+            return "bad_words", "bad_words is not supported; use logit_bias"
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            return "response_format", "response_format other than text is not supported yet"
+        if self.structured_outputs:
+            return "structured_outputs", "structured_outputs is not supported yet"
+        return None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def requested_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def sampling(self, defaults: dict[str, float | int], *, choice: int = 0) -> SamplingParams:
+        """The engine's parameters. A field that was not sent takes the model's default, then the API's.
+
+        Choice i of a seeded request samples with seed + i: the same request gives the same set of answers.
+        """
+        given: dict[str, Any] = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+            or (value := defaults.get(name)) is not None
+        }
+        if given.get("top_k", 0) < 0:
+            given["top_k"] = 0
+        seed = self.seed
+        if seed is not None and choice:
+            seed = (seed + choice + 2**63) % 2**64 - 2**63
+        max_tokens = self.requested_max_tokens
+        if max_tokens is None:
+            max_tokens = self.default_max_tokens
+        return SamplingParams(
+            **given,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=seed,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=self.requested_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            logit_bias=self.logit_bias or {},
+            allowed_token_ids=None
+            if self.allowed_token_ids is None
+            else tuple(self.allowed_token_ids),
+        )
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[TokenId] | list[list[TokenId]] | list[str] = Field(
+        description="Text, token ids, or a list of either."
+    )
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    suffix: str | None = None
+
+    default_max_tokens: ClassVar[int | None] = 16
+
+    def unsupported(self) -> tuple[str, str] | None:
+        if self.suffix:
+            return "suffix", "suffix (insertion) is not supported"
+        return super().unsupported()
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ChatMessage:
+        if self.content is None and not (self.model_extra or {}).get("tool_calls"):
+            raise ValueError("a message needs content")
+        return self
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+
+    def unsupported(self) -> tuple[str, str] | None:
+        if self.tools and self.tool_choice != "none":
+            return "tools", "tools are not supported yet"
+        return super().unsupported()
+
+    @property
+    def requested_max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

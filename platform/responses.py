@@ -1,0 +1,124 @@
+"""Responses that generate while they are being sent, and stop the engine at once when the client hangs up.
+
+Both wait for the first news before the headers go out, so a request that the engine refuses is a plain error with
+its own status; once a stream has begun, an error is an event and the stream ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex.engine.errors import EngineError
+from loraplex.platform import errors
+from loraplex.platform.inference import Prepared
+from loraplex.platform.openai_format import Collected, StreamWriter, encode, whole
+
+OnEnd = Callable[[Prepared, str], None]
+
+
+class GenerationResponse(Response):
+    """Runs one prepared generation. `on_end` hears exactly once how it ended: a finish reason, "abort" or "error"."""
+
+    def __init__(self, prepared: Prepared, on_end: OnEnd) -> None:
+        super().__init__()
+        self._prepared = prepared
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        run = self._stream if self._prepared.stream else self._whole
+        outcome = "abort"
+        try:
+            outcome = await _unless_disconnected(receive, run(send)) or "abort"
+        except EngineError:
+            outcome = "error"
+            raise
+        finally:
+            self._on_end(self._prepared, outcome)
+
+    async def _whole(self, send: Send) -> str:
+        prepared = self._prepared
+        generation = prepared.generation
+        collected = [Collected(prepared.answer, choice) for choice in generation.choices]
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                collected[delta.index].add(delta)
+        body = encode(whole(prepared.answer, generation, collected))
+        await send(self._start(b"application/json", len(body)))
+        await send({"type": "http.response.body", "body": body})
+        return self._finish_reason()
+
+    async def _stream(self, send: Send) -> str:
+        prepared = self._prepared
+        writer = StreamWriter(prepared.answer, prepared.generation)
+        begun = False
+        async with aclosing(prepared.generation.deltas()) as deltas:
+            try:
+                async for delta in deltas:
+                    if not begun:
+                        begun = True
+                        await send(self._start(b"text/event-stream; charset=utf-8"))
+                    await send(
+                        {
+                            "type": "http.response.body",
+                            "body": writer.chunk(delta),
+                            "more_body": True,
+                        }
+                    )
+            except EngineError as error:
+                if not begun:
+                    raise
+                status = errors.status_of(error)
+                body = encode(errors.body(status, error.code, error.message))
+                await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+                return "error"
+        await send({"type": "http.response.body", "body": writer.last()})
+        return self._finish_reason()
+
+    def _finish_reason(self) -> str:
+        return self._prepared.generation.choices[0].finish_reason or "abort"
+
+    def _start(self, content_type: bytes, length: int | None = None) -> dict[str, Any]:
+        headers = [(b"content-type", content_type)]
+        if length is None:
+            headers.append((b"cache-control", b"no-cache"))
+            headers.append((b"x-accel-buffering", b"no"))  # nginx would hold the stream back
+        else:
+            headers.append((b"content-length", b"%d" % length))
+        headers += [
+            (name.encode(), value.encode())
+            for name, value in self._prepared.composition.headers().items()
+        ]
+        return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, str]) -> str | None:
+    """The work's result, or None when the client left first; the work is cancelled then, and has ended on return."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        await _end(gone)
+        await _end(task)
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # seen, whoever raised it

@@ -1,0 +1,161 @@
+"""`/v1/adapters`: upload, list, describe, download, alias, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from loraplex.platform import uploads
+from loraplex.platform.download import tar_gz
+from loraplex.platform.errors import ApiError
+from loraplex.platform.names import adapter_not_found
+from loraplex.platform.runtime import Runtime, actor, runtime
+from loraplex.platform.schemas import (
+    AdapterDeleted,
+    AdapterDetail,
+    AdapterList,
+    AdapterObject,
+    AdapterPatch,
+    AliasDeleted,
+    AliasObject,
+    AliasTarget,
+)
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+AdapterId = Annotated[
+    str, Path(description="`id`; where one version is meant also `id@3`, `id:alias`.")
+]
+State = Annotated[Runtime, Depends(runtime)]
+Actor = Annotated[str, Depends(actor)]
+
+_FILE = {"type": "string", "format": "binary"}
+_UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "config": {**_FILE, "description": "adapter_config.json"},
+                        "weights": {**_FILE, "description": "adapter_model.safetensors"},
+                        "archive": {
+                            **_FILE,
+                            "description": "Instead of the two: a zip, tar or tar.gz that holds them.",
+                        },
+                        "description": {"type": "string"},
+                        "metadata": {"type": "string", "description": "A JSON object."},
+                        "alias": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=_UPLOAD_BODY,
+    responses={200: {"model": AdapterObject, "description": "This content was there already"}},
+)
+async def upload_adapter(
+    request: Request, response: Response, state: State, who: Actor
+) -> AdapterObject:
+    """Register an adapter, or a new version of it. Everything is checked first; a refusal names every problem."""
+    model = state.served_model()
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > state.settings.max_upload_bytes:
+        raise uploads.too_large(state.settings.max_upload_bytes)
+    adapter, created = await state.adapters.register(
+        request.stream(), request.headers.get("content-type", ""), model, who
+    )
+    response.status_code = 201 if created else 200
+    return adapter
+
+
+@router.get("")
+async def list_adapters(
+    state: State,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(description="Continue behind this id.")] = "",
+    name: Annotated[str, Query(description="Only ids that contain this.")] = "",
+) -> AdapterList:
+    """Adapters by id, each through its newest version."""
+    return await state.adapters.page(limit=limit, after=after, contains=name)
+
+
+@router.get("/{adapter_id}")
+async def get_adapter(adapter_id: AdapterId, state: State) -> AdapterDetail:
+    """One adapter with all its versions, seen through the version that was named."""
+    return await state.adapters.get(adapter_id)
+
+
+@router.get("/{adapter_id}/download", response_class=StreamingResponse)
+async def download_adapter(adapter_id: AdapterId, state: State) -> StreamingResponse:
+    """The two files as a tar.gz."""
+    adapter = await state.adapters.find(adapter_id)
+    try:
+        chunks = tar_gz(state.adapters.files(adapter.digest), adapter.name)
+    except FileNotFoundError:
+        raise adapter_not_found(adapter_id) from None
+    name = f"{adapter.name}-v{adapter.version}.tar.gz"
+    return StreamingResponse(
+        chunks,
+        media_type="application/gzip",
+        headers={
+            "content-disposition": f'attachment; filename="{name}"',
+            "x-adapter-digest": f"sha256:{adapter.digest}",
+        },
+    )
+
+
+@router.patch("/{adapter_id}")
+async def patch_adapter(
+    adapter_id: AdapterId, change: AdapterPatch, state: State, who: Actor
+) -> AdapterDetail:
+    """Change description or metadata; what is not sent stays."""
+    return await state.adapters.patch(adapter_id, change, who)
+
+
+@router.delete("/{adapter_id}")
+async def delete_adapter(
+    adapter_id: AdapterId,
+    state: State,
+    who: Actor,
+    version: Annotated[int | None, Query(ge=1, description="Only this version.")] = None,
+    force: Annotated[bool, Query(description="Abort requests that run on it.")] = False,
+    drain_timeout_s: Annotated[
+        float | None, Query(ge=0, le=3600, description="Wait so long for running requests.")
+    ] = None,
+) -> AdapterDeleted:
+    """Delete an adapter or one version. New requests are refused at once; running ones make it a 409 unless told."""
+    if version is not None and "@" in adapter_id:
+        raise ApiError("invalid_request", "name the version once", param="version")
+    name, _, named_version = adapter_id.partition("@")
+    if named_version.isdigit():
+        version, adapter_id = int(named_version), name
+    return await state.adapters.delete(
+        adapter_id, version=version, force=force, drain_timeout_s=drain_timeout_s, actor=who
+    )
+
+
+@router.put("/{adapter_id}/aliases/{alias}")
+async def set_alias(
+    adapter_id: AdapterId, alias: str, target: AliasTarget, state: State, who: Actor
+) -> AliasObject:
+    """Point `id:alias` at a version."""
+    return await state.adapters.set_alias(adapter_id, alias, target.version, who)
+
+
+@router.delete("/{adapter_id}/aliases/{alias}")
+async def delete_alias(adapter_id: AdapterId, alias: str, state: State, who: Actor) -> AliasDeleted:
+    """Remove an alias; the version stays."""
+    await state.adapters.delete_alias(adapter_id, alias, who)
+    return AliasDeleted(id=adapter_id, alias=alias)

@@ -1,0 +1,99 @@
+"""`/v1/admin`: residency, memory, running requests, the audit log."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Response
+
+from loraplex.platform.runtime import Runtime, actor, runtime
+from loraplex.platform.schemas import (
+    EventList,
+    Evicted,
+    EvictOrder,
+    LoadOrder,
+    Memory,
+    RequestList,
+    Slot,
+    SlotList,
+    TieredAdapterList,
+)
+
+router = APIRouter(prefix="/v1/admin", tags=["admin"])
+
+State = Annotated[Runtime, Depends(runtime)]
+Actor = Annotated[str, Depends(actor)]
+
+
+@router.get("/slots")
+async def slots(state: State) -> SlotList:
+    """Adapters on the device."""
+    state.served_model()
+    return await state.admin.slots()
+
+
+@router.get("/adapters")
+async def adapters(state: State) -> TieredAdapterList:
+    """Every adapter and version, with where it is and what it takes there."""
+    return await state.admin.tiers()
+
+
+@router.post(
+    "/adapters/{adapter_id}/load", responses={202: {"model": Slot, "description": "Loading"}}
+)
+async def load(
+    adapter_id: str, response: Response, state: State, who: Actor, order: LoadOrder | None = None
+) -> Slot:
+    """Bring an adapter to the device now: 200 when it is there, 202 with `wait: false`."""
+    state.served_model()
+    order = order or LoadOrder()
+    slot = await state.admin.load(adapter_id, wait=order.wait, actor=who)
+    response.status_code = 200 if slot.state == "device" else 202
+    return slot
+
+
+@router.post("/adapters/{adapter_id}/evict")
+async def evict(
+    adapter_id: str, state: State, who: Actor, order: EvictOrder | None = None
+) -> Evicted:
+    """Free an adapter's memory. It comes back by itself when it is next used."""
+    state.served_model()
+    return await state.admin.evict(adapter_id, order or EvictOrder(), who)
+
+
+@router.post("/adapters/{adapter_id}/pin")
+async def pin(adapter_id: str, state: State, who: Actor) -> Slot:
+    """Load an adapter and keep it on the device."""
+    state.served_model()
+    return await state.admin.pin(adapter_id, pinned=True, actor=who)
+
+
+@router.post("/adapters/{adapter_id}/unpin")
+async def unpin(adapter_id: str, state: State, who: Actor) -> Slot:
+    """Let an adapter be evicted again."""
+    state.served_model()
+    return await state.admin.pin(adapter_id, pinned=False, actor=who)
+
+
+@router.get("/memory")
+async def memory(state: State) -> Memory:
+    """Where the bytes are, and how many more adapters fit."""
+    state.served_model()
+    return await state.admin.memory()
+
+
+@router.get("/requests")
+async def requests(state: State) -> RequestList:
+    """Running and waiting sequences, with what they wait for."""
+    state.served_model()
+    return await state.admin.requests()
+
+
+@router.get("/events")
+async def events(
+    state: State,
+    after: Annotated[int, Query(ge=0, description="Continue behind this event id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> EventList:
+    """The audit log, oldest first."""
+    return await state.admin.events(after=after, limit=limit)

@@ -1,0 +1,88 @@
+"""`/v1/completions`, `/v1/chat/completions`, `/v1/models`: OpenAI's API, with adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import JSONResponse
+
+from loraplex.platform.errors import ApiError
+from loraplex.platform.openai_schemas import ChatBody, CompletionBody
+from loraplex.platform.responses import GenerationResponse
+from loraplex.platform.runtime import Runtime, runtime
+
+router = APIRouter(prefix="/v1", tags=["inference"])
+
+State = Annotated[Runtime, Depends(runtime)]
+
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The completion; with `stream` server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
+
+@router.post("/completions", responses=_STREAM)
+async def completions(body: CompletionBody, state: State) -> Response:
+    """Continue a prompt. `adapter_id` (or `model`) names the adapter; without one the base model answers."""
+    prepared = await state.inference.prepare_completion(body, state.served_model())
+    return GenerationResponse(prepared, state.generation_ended)
+
+
+@router.post("/chat/completions", responses=_STREAM)
+async def chat_completions(body: ChatBody, state: State) -> Response:
+    """Answer a chat, formatted by the model's chat template."""
+    prepared = await state.inference.prepare_chat(body, state.served_model())
+    return GenerationResponse(prepared, state.generation_ended)
+
+
+@router.get("/models")
+async def models(state: State) -> JSONResponse:
+    """The base model and every adapter with a usable version."""
+    model = state.served_model()
+    adapters = [
+        _adapter_card(name, created, model.name) for name, created in await state.adapters.names()
+    ]
+    return JSONResponse({"object": "list", "data": [_base_card(state), *adapters]})
+
+
+@router.get("/models/{model_id:path}")
+async def retrieve_model(model_id: str, state: State) -> JSONResponse:
+    """One model or adapter."""
+    model = state.served_model()
+    if model_id in (model.name, model.info.name):
+        return JSONResponse(_base_card(state))
+    try:
+        await state.adapters.resolve(model_id)
+        detail = await state.adapters.get(model_id)
+    except ApiError as error:
+        if error.code != "adapter_not_found":
+            raise
+        raise ApiError(
+            "model_not_found", f"there is no model or adapter {model_id[:140]!r}", param="model"
+        ) from None
+    return JSONResponse(_adapter_card(model_id, detail.created_at, model.name))
+
+
+def _base_card(state: Runtime) -> dict[str, Any]:
+    model = state.served_model()
+    card = _card(model.name, model.created_at, root=model.info.name, parent=None)
+    return {**card, "max_model_len": model.info.max_model_len}
+
+
+def _adapter_card(name: str, created: int, base: str) -> dict[str, Any]:
+    return {**_card(name, created, root=name, parent=base), "max_model_len": None}
+
+
+def _card(name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "loraplex",
+        "root": root,
+        "parent": parent,
+        "permission": [],
+    }

@@ -1,0 +1,67 @@
+"""What one running server has: made by the lifespan of `app.py`, reached by routes through `runtime`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from loraplex.adapters.store import AdapterStore
+from loraplex.platform.adapter_service import AdapterService
+from loraplex.platform.admin_service import AdminService
+from loraplex.platform.db import Database
+from loraplex.platform.engine_port import EnginePort
+from loraplex.platform.errors import ApiError
+from loraplex.platform.inference import InferenceService, Prepared
+from loraplex.platform.served_model import ServedModel
+from loraplex.platform.settings import Settings
+from loraplex.platform.telemetry import RequestMetrics
+from loraplex.platform.usage import UsageMeter
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Everything with a life of its own. `model` is None until the engine was ready once."""
+
+    settings: Settings
+    engine: EnginePort
+    db: Database
+    store: AdapterStore
+    adapters: AdapterService
+    admin: AdminService
+    inference: InferenceService
+    metrics: RequestMetrics
+    usage: UsageMeter
+    base_name: str
+    model: ServedModel | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.model is not None and self.engine.ready
+
+    def served_model(self) -> ServedModel:
+        """Raises: ApiError(model_loading | engine_unavailable), both with Retry-After."""
+        if self.model is None:
+            raise ApiError("model_loading", "the model is still loading; GET /readyz tells when")
+        if not self.engine.ready:
+            raise ApiError("engine_unavailable", "the engine is restarting; try again shortly")
+        return self.model
+
+    def generation_ended(self, prepared: Prepared, outcome: str) -> None:
+        """Count one request. Called exactly once for each, however it ended."""
+        self.metrics.record(prepared, outcome)
+        generation = prepared.generation
+        for adapter, _ in prepared.composition.members:
+            self.usage.add(adapter.version_id, generation.num_prompt_tokens, generation.num_tokens)
+
+
+def runtime(request: Request) -> Runtime:
+    """FastAPI dependency."""
+    found: Runtime = request.app.state.runtime
+    return found
+
+
+def actor(request: Request) -> str:
+    """FastAPI dependency: who calls, for the audit log."""
+    name: str = request.state.actor
+    return name

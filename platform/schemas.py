@@ -1,0 +1,246 @@
+"""Bodies of the adapter and admin routes. The OpenAI bodies are in openai_schemas.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Status = Literal["validating", "ready", "failed", "draining", "deleted"]
+Residency = Literal["disk", "host", "loading", "device"]
+
+
+class AdapterVersionObject(BaseModel):
+    """One content under a name."""
+
+    version: int
+    digest: str
+    rank: int
+    alpha: float
+    scaling: float
+    target_modules: list[str]
+    num_parameters: int
+    size_bytes: int
+    dtype: str
+    pages: int
+    warnings: list[Any] = []
+    status: Status
+    error: str | None = None
+    residency: Residency
+    created_at: int
+    last_used_at: int | None = None
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
+class AdapterObject(AdapterVersionObject):
+    """An adapter as seen through one of its versions (the newest unless another was named)."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    tenant: str
+    base_model: str
+    description: str
+    metadata: dict[str, Any]
+    aliases: dict[str, int]
+    probe: dict[str, Any] | None = None
+
+
+class AdapterDetail(AdapterObject):
+    versions: list[AdapterVersionObject]
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterObject]
+    has_more: bool
+
+
+class AdapterPatch(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    description: Annotated[str, Field(max_length=10_000)] | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class AliasTarget(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: Annotated[int, Field(ge=1)]
+
+
+class Freed(BaseModel):
+    device_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+
+
+class AdapterDeleted(BaseModel):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    deleted: Literal[True] = True
+    versions: list[int]
+    freed: Freed
+
+
+class AliasObject(BaseModel):
+    id: str
+    alias: str
+    version: int
+
+
+class AliasDeleted(BaseModel):
+    id: str
+    alias: str
+    deleted: Literal[True] = True
+
+
+class LoadOrder(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    wait: bool = True
+
+
+class EvictOrder(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tier: Literal["device", "host"] = "device"
+    drain: bool = False
+    timeout_s: Annotated[float, Field(ge=0, le=3600)] | None = None
+
+
+class Slot(BaseModel):
+    """A resident adapter. `id` and `version` are null for content whose name was deleted meanwhile."""
+
+    id: str | None
+    version: int | None
+    digest: str
+    state: str
+    rank: int
+    pages: int
+    device_bytes: int
+    host_bytes: int
+    running: int
+    waiting: int
+    pinned: bool
+    loaded_at: float | None
+    last_used_at: float | None
+    hits: int
+    loads: int
+    evictions: int
+    error: str | None = None
+
+
+class SlotTotals(BaseModel):
+    """`pages_*` count whole 16-rank pages that adapt every module; smaller adapters take less."""
+
+    adapters: int
+    pages_total: int
+    pages_used: int
+    pages_free: int
+    bytes_total: int
+    bytes_used: int
+    bytes_free: int
+
+
+class SlotList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Slot]
+    totals: SlotTotals
+
+
+class TierBytes(BaseModel):
+    disk: int
+    host: int
+    device: int
+
+
+class TieredAdapter(BaseModel):
+    id: str
+    version: int
+    digest: str
+    status: Status
+    tier: Residency
+    bytes: TierBytes
+    hits: int
+    loads: int
+    evictions: int
+    pinned: bool
+    running: int
+    waiting: int
+
+
+class TieredAdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[TieredAdapter]
+
+
+class Evicted(BaseModel):
+    id: str
+    version: int
+    digest: str
+    tier: str
+    evicted: Literal[True] = True
+    freed: Freed
+
+
+class AdapterRoom(BaseModel):
+    """How many more adapters fit on the device now, without evicting one, by rank (all modules adapted)."""
+
+    rank: int
+    adapters: int
+
+
+class Memory(BaseModel):
+    """Bytes by purpose."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_block_bytes: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    block_size: int
+    adapter_bytes_total: int
+    adapter_bytes_used: int
+    adapter_bytes_free: int
+    adapter_page_bytes: int
+    host_adapter_bytes_total: int
+    host_adapter_bytes_used: int
+    workspace_bytes: int
+    device_bytes_total: int
+    device_bytes_free: int
+    adapters_that_fit: list[AdapterRoom]
+
+
+class RequestObject(BaseModel):
+    id: str
+    state: str
+    waiting_reason: str | None
+    adapters: list[str]
+    digests: list[str]
+    prompt_tokens: int
+    output_tokens: int
+    age_s: float
+
+
+class RequestList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RequestObject]
+
+
+class Event(BaseModel):
+    id: int
+    at: int
+    actor: str
+    action: str
+    subject: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class EventList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Event]
+    has_more: bool
