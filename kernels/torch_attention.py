@@ -115,7 +115,7 @@ def _attend_one(
     if not causal or (window is not None and length > window):
         mask = plan.masks.get((index, window))
         if mask is None:
-            mask = plan.masks[index, window] = _mask(num_queries, length, window, q.device)
+            mask = plan.masks[index, window] = causal_mask(num_queries, length, window, q.device)
         causal = False
     return F.scaled_dot_product_attention(
         q[first:last].transpose(0, 1)[None],
@@ -128,7 +128,7 @@ def _attend_one(
     )[0].transpose(0, 1)
 
 
-def _mask(num_queries: int, length: int, window: int | None, device: torch.device) -> Tensor:
+def causal_mask(num_queries: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """`[queries, length]` bool, the queries being the last positions."""
     query = torch.arange(length - num_queries, length, device=device)[:, None]
     key = torch.arange(length, device=device)[None]

@@ -17,6 +17,8 @@ from kernel_cases import (
 )
 
 from loraplex.kernels import reference
+from loraplex.kernels.native_build import BuildError
+from loraplex.kernels.native_ops import NativeOps
 from loraplex.kernels.ops import GATE_UP, QKV, LoraBatch, Module, Ops
 from loraplex.kernels.torch_ops import TorchOps
 
@@ -50,9 +52,14 @@ COMPOSITIONS = {
 }
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(scope="module", params=["torch", "native"])
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return TorchOps()
+    if request.param == "torch":
+        return TorchOps()
+    try:
+        return NativeOps()
+    except BuildError as error:
+        pytest.skip(f"native kernels cannot be built here: {error}")
 
 
 @pytest.fixture(autouse=True)
