@@ -99,7 +99,7 @@ class AdapterService:
 
     async def find(self, text: str) -> ResolvedAdapter:
         """Like `resolve`, but of any status: for operators."""
-        row = await self._row(text)
+        row = await self._row(text, include_draining=True)
         return ResolvedAdapter(
             row.adapter.name, row.version, row.id, row.digest, row.manifest["rank"]
         )
@@ -107,7 +107,7 @@ class AdapterService:
     async def get(self, text: str) -> AdapterDetail:
         async with self._db.read() as session:
             adapters = AdapterRepository(session)
-            row = await _require(adapters, text)
+            row = await _require(adapters, text, include_draining=True)
             adapter = await adapters.get(row.adapter.name)
         if adapter is None or not adapter.versions:
             raise adapter_not_found(text)
@@ -383,9 +383,13 @@ class AdapterService:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    async def _row(self, text: str, *, param: str | None = None) -> AdapterVersion:
+    async def _row(
+        self, text: str, *, param: str | None = None, include_draining: bool = False
+    ) -> AdapterVersion:
         async with self._db.read() as session:
-            return await _require(AdapterRepository(session), text, param=param)
+            return await _require(
+                AdapterRepository(session), text, param=param, include_draining=include_draining
+            )
 
     def _forget_cached(self) -> None:
         self._cache.clear()
@@ -463,10 +467,16 @@ def _set_alias(session: Any, adapter: Adapter, alias: str, version: int, actor: 
 
 
 async def _require(
-    adapters: AdapterRepository, text: str, *, param: str | None = None
+    adapters: AdapterRepository,
+    text: str,
+    *,
+    param: str | None = None,
+    include_draining: bool = False,
 ) -> AdapterVersion:
     reference = Reference.parse(text)
-    row = None if reference is None else await adapters.resolve(reference)
+    row = None
+    if reference is not None:
+        row = await adapters.resolve(reference, include_draining=include_draining)
     if row is None:
         raise adapter_not_found(text, param=param)
     return row

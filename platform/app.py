@@ -120,6 +120,7 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
         runtime.model = model
     except Exception as error:
         log.error("engine_start_failed", extra={"reason": str(error)})
+        runtime.failure = str(error)
         if on_failed is not None:
             on_failed(error)
         return

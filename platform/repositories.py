@@ -67,8 +67,13 @@ class AdapterRepository:
         )
         return [(row[0], row[1]) for row in await self._session.execute(query)]
 
-    async def resolve(self, reference: Reference) -> AdapterVersion | None:
-        """The version a reference means, with its adapter; a bare name means the newest."""
+    async def resolve(
+        self, reference: Reference, *, include_draining: bool = False
+    ) -> AdapterVersion | None:
+        """The version a reference means, with its adapter; a bare name means the newest.
+
+        A version that is being deleted is no more, unless asked for.
+        """
         query = (
             select(AdapterVersion)
             .join(AdapterVersion.adapter)
@@ -77,6 +82,8 @@ class AdapterRepository:
             .order_by(AdapterVersion.version.desc(), AdapterVersion.id)
             .limit(1)
         )
+        if not include_draining:
+            query = query.where(AdapterVersion.status != "draining")
         if reference.digest is not None:
             query = query.where(AdapterVersion.digest == reference.digest)
         else:

@@ -56,20 +56,20 @@ class GenerationResponse(Response):
     async def _stream(self, send: Send) -> str:
         prepared = self._prepared
         writer = StreamWriter(prepared.answer, prepared.generation)
+        body = b""
         begun = False
+        running = len(prepared.generation.choices)
         async with aclosing(prepared.generation.deltas()) as deltas:
             try:
                 async for delta in deltas:
                     if not begun:
                         begun = True
                         await send(self._start(b"text/event-stream; charset=utf-8"))
-                    await send(
-                        {
-                            "type": "http.response.body",
-                            "body": writer.chunk(delta),
-                            "more_body": True,
-                        }
-                    )
+                    body = writer.chunk(delta)
+                    running -= delta.finish_reason is not None
+                    if not running:
+                        break
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             except EngineError as error:
                 if not begun:
                     raise
@@ -77,7 +77,8 @@ class GenerationResponse(Response):
                 body = encode(errors.body(status, error.code, error.message))
                 await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
                 return "error"
-        await send({"type": "http.response.body", "body": writer.last()})
+        # Sent when nothing is left to do: a server may report the end of the response as a disconnect.
+        await send({"type": "http.response.body", "body": body + writer.last()})
         return self._finish_reason()
 
     def _finish_reason(self) -> str:

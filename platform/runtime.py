@@ -34,6 +34,7 @@ class Runtime:
     usage: UsageMeter
     base_name: str
     model: ServedModel | None = None
+    failure: str | None = None  # why the engine will never be ready
 
     @property
     def ready(self) -> bool:
@@ -41,6 +42,8 @@ class Runtime:
 
     def served_model(self) -> ServedModel:
         """Raises: ApiError(model_loading | engine_unavailable), both with Retry-After."""
+        if self.failure is not None:
+            raise ApiError("engine_unavailable", f"the model could not be loaded: {self.failure}")
         if self.model is None:
             raise ApiError("model_loading", "the model is still loading; GET /readyz tells when")
         if not self.engine.ready:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MAX_METADATA_BYTES = 64 * 1024
 
 Status = Literal["validating", "ready", "failed", "draining", "deleted"]
 Residency = Literal["disk", "host", "loading", "device"]
@@ -62,6 +65,13 @@ class AdapterPatch(BaseModel):
 
     description: Annotated[str, Field(max_length=10_000)] | None = None
     metadata: dict[str, Any] | None = None
+
+    @field_validator("metadata")
+    @classmethod
+    def _plain_json(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if len(json.dumps(value, allow_nan=False)) > MAX_METADATA_BYTES:
+            raise ValueError(f"at most {MAX_METADATA_BYTES} bytes of JSON")
+        return value
 
 
 class AliasTarget(BaseModel):
