@@ -1,7 +1,7 @@
 """A checkpoint on disk: find it, check that it is whole, read its tensors one by one.
 
-Only safetensors, from a directory or a hub id. Tensors are read lazily (mmap), so loading a model needs memory for
-the model once, plus one fused weight.
+Only safetensors, from a directory or a hub id. Tensors are read lazily (mmap), so loading a model
+needs memory for the model once, plus one fused weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def find_model(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"model {model!r} is not a directory here, and could not be fetched from the hub: {reason}; "
+            f"model {model!r} is no directory and could not be fetched from the hub: {reason}; "
             "give the path of a Hugging Face model directory, or check the name and the network",
             code="model_not_found",
         ) from error
@@ -54,8 +54,8 @@ def find_model(model: str) -> Path:
 def choose_dtype(requested: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in. `auto` is the checkpoint's own where this device runs it well.
 
-    On a CPU float16 has no fast path and bfloat16 has one only where oneDNN says so; asking for what is slow is a
-    choice, getting it by default is not.
+    On a CPU float16 has no fast path and bfloat16 has one only where oneDNN says so; asking for
+    what is slow is a choice, getting it by default is not.
     """
     if requested != "auto":
         wanted: torch.dtype = getattr(torch, requested)
@@ -67,7 +67,7 @@ def choose_dtype(requested: str, checkpoint: torch.dtype, device: torch.device) 
     chosen = torch.bfloat16 if _cpu_has_bf16() else torch.float32
     if chosen != checkpoint:
         logger.warning(
-            "the checkpoint is %s, which this CPU does not run well: computing in %s (--dtype decides)",
+            "the checkpoint is %s, which this CPU does not run well: computing in %s (see --dtype)",
             str(checkpoint).removeprefix("torch."),
             str(chosen).removeprefix("torch."),
         )
@@ -107,7 +107,7 @@ class Checkpoint:
         self._files.clear()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
-        """Every expected tensor is there with its shape. Tensors nobody expects are named in a warning.
+        """Every expected tensor is there with its shape; unexpected ones are named in a warning.
 
         Raises: ModelError naming what is missing or has another shape.
         """

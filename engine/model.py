@@ -1,8 +1,8 @@
 """The decoder: Llama, Mistral, Qwen2 and Qwen3 in one forward pass over a flat token axis.
 
-T tokens of all the step's sequences stand in one row after another; where each belongs is said by the batch. Every
-operation comes from `kernels.ops`, which also adds the adapters' deltas: there is no other forward pass for LoRA.
-Knows nothing about requests, sampling or files.
+T tokens of all the step's sequences stand in one row after another; where each belongs is said by
+the batch. Every operation comes from `kernels.ops`, which also adds the adapters' deltas: there is
+no other forward pass for LoRA. Knows nothing about requests, sampling or files.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Decoder:
     def forward(
         self, token_ids: Tensor, kv: KVCache, batch: AttentionBatch, lora: LoraBatch | None
     ) -> Tensor:
-        """One step: `[T] int64 -> [T, hidden]`, normed and ready for `logits`. Writes the tokens' K and V."""
+        """One step: `[T] int64 -> [T, hidden]`, normed, ready for `logits`. Writes K and V."""
         ops, eps, heads = self.ops, self.config.rms_norm_eps, self.config.num_heads
         cos, sin = self._rope(batch.positions)
         residual = ops.embed(token_ids, self.embedding)
@@ -74,7 +74,8 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             t = ops.lora_shrink(x, lora, i, QKV)
             q = ops.rope_kv_write(
-                layer.qkv(x), t, lora, i, cos, sin, layer.q_norm, layer.k_norm, eps, heads, kv, batch
+                layer.qkv(x), t, lora, i,
+                cos, sin, layer.q_norm, layer.k_norm, eps, heads, kv, batch,
             )  # fmt: skip
             x = ops.attention(q, kv, i, batch, self._scale, layer.sliding_window)
             t = ops.lora_shrink(x, lora, i, O_ONLY)
@@ -112,7 +113,9 @@ def load_decoder(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Decoder:
-    """Read the weights, fusing q/k/v and gate/up layer by layer. `progress`: layers done, layers in all.
+    """Read the weights, fusing q/k/v and gate/up layer by layer.
+
+    progress: called with steps done and steps in all.
 
     Raises: ModelError when a tensor is missing or misshapen.
     """

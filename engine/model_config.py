@@ -1,6 +1,7 @@
 """What a Hugging Face config says about a decoder, reduced to what `model.py` computes.
 
-Closed reading: a config that asks for anything the decoder does not do is refused by name, never approximated.
+Closed reading: a config that asks for anything the decoder does not do is refused by name, never
+approximated.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class DecoderConfig:
 
     @property
     def module_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(in_features, out_features) of the modules adapters may target, in the order of `MODULE_NAMES`."""
+        """(in_features, out_features) of one layer's modules, in the order of `MODULE_NAMES`."""
         hidden, inner = self.hidden_size, self.intermediate_size
         return (
             (hidden, self.q_size),
@@ -116,7 +117,7 @@ class DecoderConfig:
 
 
 def read_model_config(directory: Path) -> DecoderConfig:
-    """Raises: ModelError when there is no config, or it asks for something this decoder does not compute."""
+    """Raises: ModelError: no config, or it asks for what this decoder does not compute."""
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -172,14 +173,14 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     layer_types: list[str] | None = getattr(config, "layer_types", None)
     if layer_types is None:
-        return (window,) * config.num_hidden_layers
-    known = {"full_attention": None, "sliding_attention": window}
+        return (window,) * int(config.num_hidden_layers)
+    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
     for kind in layer_types:
         if kind not in known:
             raise ModelError(
                 f"attention layer type {kind!r} is not supported; supported: {', '.join(known)}"
             )
-    return tuple(known[kind] for kind in layer_types)
+    return tuple([known[str(kind)] for kind in layer_types])
 
 
 def _dtype(config: Any) -> torch.dtype:

@@ -1,7 +1,8 @@
-"""Rotary position embedding: which frequencies a checkpoint uses, and cos/sin of a step's positions.
+"""Rotary position embedding: the frequencies of a checkpoint, cos and sin of a step.
 
-The frequencies of the scaled kinds (linear, dynamic, yarn, llama3) come from transformers' own functions, so they
-agree with the reference by construction. RoPE: arXiv 2104.09864; YaRN: 2309.00071.
+The frequencies of the scaled kinds (linear, dynamic, yarn, llama3) come from transformers' own
+functions, so they agree with the reference by construction. RoPE: arXiv 2104.09864; YaRN:
+2309.00071.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loraplex.engine.errors import ModelError
 
-# Kinds whose frequencies do not change with the length of the sequence. "dynamic" is among them because the engine
-# never serves past `max_position_embeddings`, where it starts to change.
+# Kinds whose frequencies do not change with the length of the sequence. "dynamic" is among them
+# because the engine never serves past `max_position_embeddings`, where it starts to change.
 STATIC_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """`inv_freq`: head_dim / 2 frequencies in radians per token; `scale` multiplies cos and sin (yarn)."""
+    """`inv_freq`: head_dim / 2, radians per token; `scale` multiplies cos and sin (yarn)."""
 
     inv_freq: tuple[float, ...]
     scale: float

@@ -1,4 +1,4 @@
-"""Tiny random models of every family and peft adapters for them, made on the fly. No network, no GPU.
+"""Tiny random models of every family and peft adapters for them, made on the fly.
 
 torch and transformers are imported inside: tests that do not ask for a model do not pay for them.
 """
@@ -79,7 +79,7 @@ def _tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_model(family, **config) -> directory`: random fp32 weights, every one of them away from its default."""
+    """`tiny_model(family, **config) -> directory`: random weights, none at its default."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
-    """`tiny_adapters(model directory) -> {name: directory}`: six of peft's own making, with a B that is not zero."""
+    """`tiny_adapters(model) -> {name: directory}`: six made by peft, with a B that is not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
