@@ -38,6 +38,7 @@ from loraplex.platform.schemas import (
     AdapterPatch,
     AliasObject,
     Freed,
+    checked_metadata,
 )
 from loraplex.platform.served_model import ServedModel
 
@@ -440,16 +441,9 @@ def _metadata(fields: dict[str, str]) -> dict[str, Any] | None:
     if not raw:
         return None
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ApiError("invalid_request", "metadata must be a JSON object", param="metadata")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+        return checked_metadata(json.loads(raw))
+    except (ValueError, RecursionError) as error:
+        raise ApiError("invalid_request", f"metadata: {error}", param="metadata") from None
 
 
 def _set_alias(session: Any, adapter: Adapter, alias: str, version: int, actor: str) -> None:

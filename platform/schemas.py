@@ -13,6 +13,19 @@ Status = Literal["validating", "ready", "failed", "draining", "deleted"]
 Residency = Literal["disk", "host", "loading", "device"]
 
 
+def checked_metadata(value: Any) -> dict[str, Any]:
+    """Metadata that any database can keep and any client can read. Raises: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except ValueError:  # NaN, Infinity, or half a surrogate pair (a UnicodeEncodeError)
+        raise ValueError("has a number or a text that is no valid JSON") from None
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"exceeds {MAX_METADATA_BYTES} bytes")
+    return value
+
+
 class AdapterVersionObject(BaseModel):
     """One content under a name."""
 
@@ -69,9 +82,7 @@ class AdapterPatch(BaseModel):
     @field_validator("metadata")
     @classmethod
     def _plain_json(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if len(json.dumps(value, allow_nan=False)) > MAX_METADATA_BYTES:
-            raise ValueError(f"at most {MAX_METADATA_BYTES} bytes of JSON")
-        return value
+        return value if value is None else checked_metadata(value)
 
 
 class AliasTarget(BaseModel):

@@ -1,0 +1,101 @@
+"""`/v1/admin`: what the operator sees and can do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+
+async def test_slots_show_what_is_on_the_device(server: Any, fake_engine_module: Any) -> None:
+    page = fake_engine_module.DEVICE_BYTES
+    made = await server.upload("sql")
+    await server.upload("idle", alpha=16)
+    assert (await server.http.get("/v1/admin/slots")).json()["data"] == []
+    loaded = await server.http.post("/v1/admin/adapters/sql/load")
+    assert (loaded.status_code, loaded.json()["state"]) == (200, "device")
+    slots = (await server.http.get("/v1/admin/slots")).json()
+    assert [(s["id"], s["version"], s["digest"]) for s in slots["data"]] == [
+        ("sql", 1, made["digest"])
+    ]
+    assert slots["totals"] == {
+        "adapters": 1,
+        "pages_total": 10,
+        "pages_used": 1,
+        "pages_free": 9,
+        "bytes_total": 10 * page,
+        "bytes_used": page,
+        "bytes_free": 9 * page,
+    }
+    assert (await server.http.get("/v1/adapters/sql")).json()["residency"] == "device"
+
+
+async def test_loading_without_waiting_is_accepted(server: Any) -> None:
+    await server.upload("sql")
+    answer = await server.http.post("/v1/admin/adapters/sql/load", json={"wait": False})
+    assert (answer.status_code, answer.json()["state"]) == (202, "host_loading")
+    assert (await server.http.get("/v1/adapters/sql")).json()["residency"] == "loading"
+
+
+async def test_evicting_tier_by_tier(server: Any, fake_engine_module: Any) -> None:
+    fakes = fake_engine_module
+    made = await server.upload("sql")
+    await server.http.post("/v1/admin/adapters/sql/load")
+    device = (await server.http.post("/v1/admin/adapters/sql/evict")).json()
+    assert device["evicted"] is True
+    assert (device["id"], device["version"], device["digest"]) == ("sql", 1, made["digest"])
+    assert device["freed"]["device_bytes"] == fakes.DEVICE_BYTES
+    assert (await server.http.get("/v1/adapters/sql")).json()["residency"] == "host"
+    host = await server.http.post("/v1/admin/adapters/sql/evict", json={"tier": "host"})
+    assert host.json()["freed"]["host_bytes"] == fakes.HOST_BYTES
+    assert (await server.http.get("/v1/adapters/sql")).json()["residency"] == "disk"
+    wrong = await server.http.post("/v1/admin/adapters/sql/evict", json={"tier": "disk"})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tier")
+
+
+async def test_what_runs_is_not_evicted_unless_drained(
+    server: Any, until: Callable[..., Any]
+) -> None:
+    await server.upload("sql")
+    server.engine.hold = asyncio.Event()
+    ask = {"adapter_id": "sql", "prompt": "x", "max_tokens": 2}
+    running = asyncio.create_task(server.http.post("/v1/completions", json=ask))
+    await until(lambda: len(server.engine.running) == 1)
+    refused = await server.http.post("/v1/admin/adapters/sql/evict")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "adapter_in_use")
+    requests = (await server.http.get("/v1/admin/requests")).json()
+    assert [(r["state"], r["adapters"]) for r in requests["data"]] == [("running", ["sql@1"])]
+    assert (await server.http.get("/v1/admin/slots")).json()["data"][0]["running"] == 1
+    drained = await server.http.post("/v1/admin/adapters/sql/evict", json={"drain": True})
+    assert drained.status_code == 200
+    server.engine.hold.set()
+    await running
+
+
+async def test_pins(server: Any) -> None:
+    await server.upload("sql")
+    assert (await server.http.post("/v1/admin/adapters/sql/pin")).json()["pinned"] is True
+    listed = (await server.http.get("/v1/admin/adapters")).json()["data"]
+    assert [(a["id"], a["pinned"], a["tier"]) for a in listed] == [("sql", True, "device")]
+    assert (await server.http.post("/v1/admin/adapters/sql/unpin")).json()["pinned"] is False
+
+
+async def test_every_version_with_its_tier_and_bytes(server: Any) -> None:
+    await server.upload("sql", alpha=8)
+    await server.upload("sql", alpha=16)
+    await server.http.post("/v1/admin/adapters/sql@1/load")
+    listed = (await server.http.get("/v1/admin/adapters")).json()["data"]
+    assert [(a["id"], a["version"], a["tier"]) for a in listed] == [
+        ("sql", 1, "device"),
+        ("sql", 2, "disk"),
+    ]
+    assert all(a["bytes"]["disk"] > 2048 for a in listed)
+    assert [a["bytes"]["device"] > 0 for a in listed] == [True, False]
+
+
+async def test_memory_says_how_many_more_adapters_fit(server: Any) -> None:
+    memory = (await server.http.get("/v1/admin/memory")).json()
+    assert memory["weights_bytes"] == 1000
+    assert memory["kv_blocks_used"] == 0
+    room = {entry["rank"]: entry["adapters"] for entry in memory["adapters_that_fit"]}
+    assert room == {8: 10, 16: 10, 32: 5, 64: 2, 128: 1}
