@@ -48,7 +48,10 @@ def test_add_streams_the_files_as_they_are(
     assert sent["description"] == (None, b"to SQL")
     assert json.loads(sent["metadata"][1]) == {"team": "search"}
     assert sent["alias"] == (None, b"prod")
-    for field, name in (("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")):
+    for field, name in (
+        ("config", "adapter_config.json"),
+        ("weights", "adapter_model.safetensors"),
+    ):
         assert sent[field] == (name, (folder / name).read_bytes())
 
 
@@ -124,7 +127,10 @@ def test_an_empty_list_says_so(cli: Any, stub: Any) -> None:
 
 
 def test_show(cli: Any, stub: Any, adapter_object: Any) -> None:
-    stub.routes["GET /v1/adapters/sql@3"] = (200, adapter_object("sql", version=3, metadata={"a": 1}))
+    stub.routes["GET /v1/adapters/sql@3"] = (
+        200,
+        adapter_object("sql", version=3, metadata={"a": 1}),
+    )
     done = cli("adapter", "show", "sql@3", "--url", stub.url)
     assert "13.6 MB" in done.stdout
     assert '{"a": 1}' in done.stdout

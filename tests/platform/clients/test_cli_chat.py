@@ -78,11 +78,26 @@ class Terminal(io.StringIO):
 
 
 def test_a_conversation_and_its_commands(
-    server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter_object: Any
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    adapter_object: Any,
 ) -> None:
     server.routes["GET /v1/adapters"] = (200, {"data": [adapter_object("sql")], "has_more": False})
     lines = iter(
-        ["one", "two", "/adapter sql", "three", "/reset", "four", "/adapter", "/what", "/base", "five", "/quit"]
+        [
+            "one",
+            "two",
+            "/adapter sql",
+            "three",
+            "/reset",
+            "four",
+            "/adapter",
+            "/what",
+            "/base",
+            "five",
+            "/quit",
+        ]
     )
     prompts: list[str] = []
 
