@@ -68,7 +68,8 @@ class LoraBatch:
     Python.
 
     adapted: the (layer, module) pairs that any page of the batch adapts.
-    plan: a backend's own notes for this step; a batch object is never reused for another step.
+    plan: a backend's own notes. Successive steps share a batch object while its rows, the number of
+    all rows T and the tables' version stay the same.
     """
 
     tables: PageTables

@@ -1,0 +1,285 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Rows that only take the most likely token pay for one `max`; every other feature works on the rows
+that asked for it. A row's outcome depends on nothing but its own logits, parameters, seed and
+position, so it is the same whatever shares the batch and after a preemption.
+
+Order: bias, allowed and suppressed tokens; penalties; temperature; top-k; top-p; min-p. The last
+three each keep a prefix of the tokens sorted by probability, so together they are one prefix.
+Log-probabilities are of the raw logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex.engine.api import SamplingParams, TokenLogprobs
+from loraplex.engine.seams import ScheduledSequence
+from loraplex.engine.sequence import Sequence
+
+# The filters look at this many of the likeliest tokens first; the few rows that keep more are
+# sorted in full. The number is fixed, not fitted to the batch: how ties fall depends on it.
+SHORTLIST = 1024
+
+GREEDY_BELOW = 1e-5  # a temperature so low that dividing by it could overflow
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What a sequence's parameters ask for; worked out once per sequence."""
+
+    greedy: bool
+    edits: bool  # bias, allowed or suppressed tokens, which change single logits
+    penalties: bool
+    filters: bool
+    plain: bool  # nothing but the most likely token
+
+    @classmethod
+    def of(cls, p: SamplingParams) -> _Traits:
+        greedy = p.temperature < GREEDY_BELOW
+        edits = bool(p.logit_bias) or p.allowed_token_ids is not None or p.min_tokens > 0
+        penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        return cls(
+            greedy=greedy,
+            edits=edits,
+            penalties=penalties,
+            filters=p.top_k > 0 or p.top_p < 1 or p.min_p > 0,
+            plain=greedy and not edits and not penalties and p.logprobs is None,
+        )
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The tokens a penalised sequence holds, counted as they come."""
+
+    counts: Tensor  # [vocab] float32, occurrences in the output
+    present: Tensor  # [vocab] bool, in prompt or output
+    num_tokens: int  # counted so far
+
+
+class Sampler:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._traits: dict[int, _Traits] = {}
+        self._seen: dict[int, _Seen] = {}
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """Drop what is kept for sequences that left the running set."""
+        for seq_id in seq_ids:
+            self._traits.pop(seq_id, None)
+            self._seen.pop(seq_id, None)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Sampled:
+        """Choose the next token of each sequence.
+
+        logits: `[R, vocab]` model dtype, row i of `sequences[i]`. Not changed.
+        """
+        traits = [self._traits_of(seq) for seq in sequences]
+        token_ids = logits.max(dim=-1).indices.tolist()
+        nothing: list[TokenLogprobs | None] = [None] * len(sequences)
+        if all(t.plain for t in traits):
+            return Sampled(token_ids, nothing)
+
+        rows = [i for i, t in enumerate(traits) if not t.greedy or t.edits or t.penalties]
+        if rows:
+            chosen = self._choose(
+                logits[rows].float(), [sequences[i] for i in rows], [traits[i] for i in rows]
+            )
+            for i, token_id in zip(rows, chosen, strict=True):
+                token_ids[i] = token_id
+
+        rows = [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]
+        if rows:
+            wanted = [sequences[i].sampling.logprobs or 0 for i in rows]
+            found = token_logprobs(logits[rows], [token_ids[i] for i in rows], wanted)
+            for i, entry in zip(rows, found, strict=True):
+                nothing[i] = entry
+        return Sampled(token_ids, nothing)
+
+    def _choose(
+        self, logits: Tensor, sequences: list[Sequence], traits: list[_Traits]
+    ) -> list[int]:
+        """logits: `[R, vocab]` float32, ours to change."""
+        for i, (seq, t) in enumerate(zip(sequences, traits, strict=True)):
+            if t.edits:
+                self._edit(logits[i], seq)
+            if t.penalties:
+                self._penalise(logits[i], seq)
+        token_ids: list[int] = logits.max(dim=-1).indices.tolist()
+        rows = [i for i, t in enumerate(traits) if not t.greedy]
+        if not rows:
+            return token_ids
+        drawing = [sequences[i] for i in rows]
+        uniforms = torch.from_numpy(
+            uniform([s.seed for s in drawing], [s.num_tokens for s in drawing])
+        ).to(self._device)
+        temperatures = torch.tensor([s.sampling.temperature for s in drawing], device=self._device)
+        probs = torch.softmax(logits[rows] / temperatures[:, None], dim=-1)
+        for filtered in (False, True):
+            part = [j for j, i in enumerate(rows) if traits[i].filters == filtered]
+            if not part:
+                continue
+            if filtered:
+                params = [drawing[j].sampling for j in part]
+                drawn = _draw_filtered(probs[part], uniforms[part], params)
+            else:
+                drawn = _draw(probs[part], uniforms[part])
+            for j, token_id in zip(part, drawn.tolist(), strict=True):
+                token_ids[rows[j]] = token_id
+        return token_ids
+
+    def _traits_of(self, seq: Sequence) -> _Traits:
+        traits = self._traits.get(seq.seq_id)
+        if traits is None:
+            traits = self._traits[seq.seq_id] = _Traits.of(seq.sampling)
+        return traits
+
+    def _edit(self, row: Tensor, seq: Sequence) -> None:
+        params = seq.sampling
+        for token_id, bias in params.logit_bias.items():
+            row[token_id] += bias
+        if params.allowed_token_ids is not None:
+            allowed = torch.tensor(params.allowed_token_ids, device=row.device)
+            kept = row[allowed]
+            row.fill_(-torch.inf)
+            row[allowed] = kept
+        suppressed = seq.suppressed_token_ids
+        if suppressed:
+            row[torch.tensor(sorted(suppressed), device=row.device)] = -torch.inf
+
+    def _penalise(self, row: Tensor, seq: Sequence) -> None:
+        """CTRL's repetition penalty over prompt and output; OpenAI's two over the output."""
+        params, seen = seq.sampling, self._count(seq)
+        if params.repetition_penalty != 1:
+            penalty = params.repetition_penalty
+            weakened = torch.where(row > 0, row / penalty, row * penalty)
+            torch.where(seen.present, weakened, row, out=row)
+        if params.frequency_penalty != 0:
+            row.sub_(seen.counts, alpha=params.frequency_penalty)
+        if params.presence_penalty != 0:
+            row.sub_((seen.counts > 0).float(), alpha=params.presence_penalty)
+
+    def _count(self, seq: Sequence) -> _Seen:
+        seen = self._seen.get(seq.seq_id)
+        if seen is None:
+            seen = _Seen(
+                counts=torch.zeros(self._vocab_size, device=self._device),
+                present=torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device),
+                num_tokens=0,
+            )
+            self._seen[seq.seq_id] = seen
+        new = torch.tensor(seq.token_ids[seen.num_tokens :], dtype=torch.int64, device=self._device)
+        output = new[max(0, seq.num_prompt_tokens - seen.num_tokens) :]
+        seen.present[new] = True
+        seen.counts.index_add_(0, output, torch.ones_like(output, dtype=torch.float32))
+        seen.num_tokens = seq.num_tokens
+        return seen
+
+
+def uniform(seeds: list[int], positions: list[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """One number in [0, 1) for each (seed, position): counter-based, so no state and no order.
+
+    The output function of SplitMix64 (Steele, Lea, Flood 2014), once to spread the seed and once on
+    the position's place in the seed's stream.
+    """
+    with np.errstate(over="ignore"):
+        state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+        offsets = np.array(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = _mix(_mix(state + np.uint64(0x9E3779B97F4A7C15)) + offsets)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(
+    x: np.ndarray[tuple[int], np.dtype[np.uint64]],
+) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the distribution. probs: `[R, N]` up to a factor, uniforms: `[R]` -> `[R]`."""
+    cumulative = probs.double().cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding may push the target to the very end, past the last token that has any probability.
+    last = (probs > 0).long().mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
+    return torch.minimum(index, last)
+
+
+def _draw_filtered(probs: Tensor, uniforms: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Top-k, top-p and min-p. probs: `[R, vocab]` -> `[R]` token ids."""
+    drawn, settled = _draw_prefix(probs, uniforms, params, min(SHORTLIST, probs.shape[1]))
+    late = [i for i, done in enumerate(settled.tolist()) if not done]
+    if late:
+        drawn[late], _ = _draw_prefix(
+            probs[late], uniforms[late], [params[i] for i in late], probs.shape[1]
+        )
+    return drawn
+
+
+def _draw_prefix(
+    probs: Tensor, uniforms: Tensor, params: list[SamplingParams], width: int
+) -> tuple[Tensor, Tensor]:
+    """Draw from what the filters keep of the `width` likeliest tokens.
+
+    Returns token ids `[R]`, and `[R]` bool: whether the filters really end inside that width.
+    """
+    device, vocab_size = probs.device, probs.shape[1]
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    min_p = torch.tensor([p.min_p for p in params], device=device)
+    values, ids = probs.topk(width, dim=-1)
+    values = torch.where(torch.arange(width, device=device) < top_k[:, None], values, 0.0)
+    cumulative = values.double().cumsum(-1)
+    # With top-k the shares are of what top-k kept, else of everything.
+    total = torch.where(top_k <= width, cumulative[:, -1], probs.double().sum(-1))
+    before = cumulative - values
+    kept = before < (top_p * total)[:, None]
+    kept &= values >= min_p[:, None] * values[:, :1]
+    kept[:, 0] = True  # top_p = 0 still keeps the likeliest
+    ends_inside = ~kept[:, -1] | (top_k <= width) | (width == vocab_size)
+    index = _draw(torch.where(kept, values, 0.0), uniforms)
+    return ids.gather(1, index[:, None])[:, 0], ends_inside
+
+
+def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
+    """The log-probability and rank of each row's token, and its `num_top[i]` likeliest ones.
+
+    logits: `[R, vocab]`, any float dtype.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(-1).add_(1).tolist()
+    width = min(max(num_top), logits.shape[1])
+    values, ids = logprobs.topk(width, dim=-1)
+    return [
+        TokenLogprobs(token_id, value, rank, top_ids[:k], top_values[:k])
+        for token_id, value, rank, k, top_ids, top_values in zip(
+            token_ids,
+            chosen[:, 0].tolist(),
+            ranks,
+            num_top,
+            ids.tolist(),
+            values.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def prompt_targets(scheduled: ScheduledSequence) -> list[int]:
+    """The prompt tokens whose log-probabilities this run owes, in order of its rows."""
+    first = scheduled.start + 1
+    return scheduled.seq.token_ids[first : first + scheduled.num_prompt_logprobs]
