@@ -1,4 +1,6 @@
-"""Alembic's entry point. Runs on a connection that `platform/db.py` hands over; there is no offline mode."""
+"""Alembic's entry point. Runs on a connection that `platform/db.py` hands over; there is no offline
+mode.
+"""
 
 from __future__ import annotations
 

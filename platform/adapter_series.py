@@ -1,8 +1,9 @@
-"""Per-adapter counters with bounded cardinality: the busiest adapters by name, everyone else as `other`.
+"""Per-adapter counters with bounded cardinality: the busiest adapters by name, everyone else as
+`other`.
 
-An adapter that gets busier than the least busy named one takes its place. Counters stay honest: what a name counted
-before it lost its place goes to `other`, which therefore only grows, and a name that comes back starts at 0 (which
-Prometheus reads as a counter reset).
+An adapter that gets busier than the least busy named one takes its place. Counters stay honest:
+what a name counted before it lost its place goes to `other`, which therefore only grows, and a name
+that comes back starts at 0 (which Prometheus reads as a counter reset).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What can be done with adapters: register, describe, alias, resolve, remove. The registry is the source of truth.
+"""What can be done with adapters: register, describe, alias, resolve, remove. The registry is the
+source of truth.
 
-Order of effects, so that a crash at any point leaves the old or the new state:
-an upload first commits its files, then its rows (files without rows are swept at start); a removal first makes the
+Order of effects, so that a crash at any point leaves the old or the new state: an upload first
+commits its files, then its rows (files without rows are swept at start); a removal first makes the
 engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodies or tokens.
 """
 
@@ -67,7 +68,8 @@ class AdapterService:
         self._engine = engine
         self._max_upload_bytes = max_upload_bytes
         self._limits = Limits(max_weights_bytes=max_upload_bytes)
-        # Between "is any row using this content?" and "remove its files" no upload may commit the same content.
+        # Between "is any row using this content?" and "remove its files" no upload may commit the
+        # same content.
         self._files_lock = asyncio.Lock()
         self._cache: dict[str, ResolvedAdapter] = {}
         self._cache_generation = 0
@@ -170,7 +172,7 @@ class AdapterService:
 
     @asynccontextmanager
     async def _staging(self) -> AsyncIterator[Staging]:
-        """The store's staging folder, entered and left in a worker thread: both wait for the disk."""
+        """A staging folder, entered and left in a worker thread: both wait for the disk."""
         context = self._store.staging()
         staging = await asyncio.to_thread(context.__enter__)
         try:
@@ -297,8 +299,9 @@ class AdapterService:
     ) -> AdapterDeleted:
         """Remove one version or all of them. New requests are refused from the first moment on.
 
-        Running requests: `force` aborts them, `drain_timeout_s` waits for them so long, else they are a conflict.
-        Raises: ApiError(adapter_not_found | adapter_in_use | version_has_alias); then nothing has changed.
+        Running requests: `force` aborts them, `drain_timeout_s` waits for them so long, else they
+        are a conflict. Raises: ApiError(adapter_not_found | adapter_in_use | version_has_alias);
+        then nothing has changed.
         """
         leaving = await self._begin_delete(name, version, force)
         try:
@@ -321,7 +324,8 @@ class AdapterService:
             if aliases and not force:
                 raise ApiError(
                     "version_has_alias",
-                    f"alias {aliases[0]!r} points to {name}@{version}; move it first, or use force=true",
+                    f"alias {aliases[0]!r} points to {name}@{version}; "
+                    "move it first, or use force=true",
                 )
             if any(row.status == "draining" for row in leaving):
                 raise ApiError("adapter_in_use", f"adapter {name!r} is being deleted already")

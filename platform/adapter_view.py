@@ -80,7 +80,7 @@ def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap
 def adapter_object(
     adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
 ) -> AdapterObject:
-    """`adapter` with versions and aliases loaded, seen through `row` (default: the newest version)."""
+    """`adapter`, its versions and aliases loaded, seen through `row` (default: the newest)."""
     return AdapterObject(**_object_fields(adapter, row or adapter.versions[-1], resident))
 
 

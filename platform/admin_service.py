@@ -1,4 +1,6 @@
-"""The operator's view: what is resident where, what runs, where the bytes are, what was changed by whom."""
+"""The operator's view: what is resident where, what runs, where the bytes are, what was changed by
+whom.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The application: what it is made of, how it starts and ends, how errors look. `create_app` is all that is public."""
+"""The application: what it is made of, how it starts and ends, how errors look. `create_app` is all
+that is public.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,10 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application of one server.
 
-    The lifespan opens the registry and the store, then starts the engine in the background, so that /healthz answers
-    while the model loads. `engine` replaces the engine process (tests). `on_engine_failed` hears of a start-up that can
-    never succeed (wrong model, too little memory): the CLI prints it and stops the server.
+    The lifespan opens the registry and the store, then starts the engine in the background, so that
+    /healthz answers while the model loads. `engine` replaces the engine process (tests).
+    `on_engine_failed` hears of a start-up that can never succeed (wrong model, too little memory):
+    the CLI prints it and stops the server.
     """
     if engine is None:
         from loraplex.engine.client import EngineClient
@@ -135,7 +138,7 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
     )
 
 
-# --- errors ----------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def _respond(status: int, code: str, message: str, **fields: Any) -> JSONResponse:
@@ -177,7 +180,8 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 
 def _problem(item: dict[str, Any]) -> dict[str, Any]:
-    # loc: ("body", field, ...) and branches of unions behind it; a broken JSON text has its position there.
+    # loc: ("body", field, ...) and branches of unions behind it; a broken JSON text has its
+    # position there.
     loc = item["loc"]
     param = loc[1] if len(loc) > 1 and isinstance(loc[1], str) else None
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -1,7 +1,8 @@
 """Who may call: optional API keys as `Authorization: Bearer`, compared in constant time. Pure ASGI.
 
-Open without a key, for probes, scrapers and people reading the docs: /healthz /readyz /metrics /version /docs
-/openapi.json. They tell nothing of prompts; whoever wants them closed puts a proxy in front.
+Open without a key, for probes, scrapers and people reading the docs: /healthz /readyz /metrics
+/version /docs /openapi.json. They tell nothing of prompts; whoever wants them closed puts a proxy
+in front.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ANONYMOUS = "anonymous"
 
 
 class ApiKeyMiddleware:
-    """Sets `scope["state"]["actor"]`: who the audit log names. Without keys everyone is anonymous."""
+    """Sets `scope["state"]["actor"]`, whom the audit log names: anonymous without keys."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Bounds request bodies other than uploads, which are bounded where they are received. Pure ASGI."""
+"""Bounds request bodies; uploads are bounded where they are received. Pure ASGI."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The registry's database: connections, one unit of work per change, migrations at start.
 
-SQLite by default: WAL (readers never wait for a writer), foreign keys on, `synchronous=FULL` (an acknowledged adapter
-survives a power cut), writes begin IMMEDIATE so that two of them queue up instead of failing half-way. Any other
-SQLAlchemy URL works too. Knows no table by name.
+SQLite by default: WAL (readers never wait for a writer), foreign keys on, `synchronous=FULL` (an
+acknowledged adapter survives a power cut), writes begin IMMEDIATE so that two of them queue up
+instead of failing half-way. Any other SQLAlchemy URL works too. Knows no table by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Database:
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connect and bring the schema up to date. Raises sqlalchemy's errors for a URL that does not work."""
+        """Connect and bring the schema up to date. Raises sqlalchemy's errors for a URL that does
+        not work.
+        """
         if make_url(url).get_backend_name() == "sqlite":
             engine = _sqlite_engine(url)
         else:

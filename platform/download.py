@@ -1,4 +1,6 @@
-"""An adapter's two files as a tar.gz, made while it is sent: one chunk in memory, the tensors byte for byte."""
+"""An adapter's two files as a tar.gz, made while it is sent: one chunk in memory, the tensors byte
+for byte.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ CHUNK_BYTES = 256 * 1024
 
 
 def tar_gz(directory: Path, folder: str) -> Iterator[bytes]:
-    """`folder/adapter_config.json` and `folder/adapter_model.safetensors`, compressed lightly (weights hardly shrink).
+    """`folder/adapter_config.json` and `folder/adapter_model.safetensors`, compressed lightly
+    (weights hardly shrink).
 
-    The files are opened at once, so a removal meanwhile does not cut the download. Raises: FileNotFoundError.
+    The files are opened at once, so a removal meanwhile does not cut the download. Raises:
+    FileNotFoundError.
     """
     return _pack(
         folder, [(name, (directory / name).open("rb")) for name in (CONFIG_FILE, WEIGHTS_FILE)]

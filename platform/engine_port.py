@@ -1,4 +1,6 @@
-"""What the platform needs of an engine: the shape of `engine/client.py`, and of the fake in the tests."""
+"""What the platform needs of an engine: the shape of `engine/client.py`, and of the fake in the
+tests.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from loraplex.engine.api import (
 
 
 class EnginePort(Protocol):
-    """All methods raise EngineError subclasses; EngineDead while the engine is starting or restarting."""
+    """All methods raise EngineError subclasses; EngineDead while the engine is starting or
+    restarting.
+    """
 
     @property
     def ready(self) -> bool:
@@ -31,13 +35,17 @@ class EnginePort(Protocol):
         ...
 
     async def start(self) -> None:
-        """Returns when the engine is ready. Raises EngineError (usually ModelError) when it never will be."""
+        """Returns when the engine is ready. Raises EngineError (usually ModelError) when it never
+        will be.
+        """
         ...
 
     async def stop(self) -> None: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """The request's outputs up to the one with a finish reason; closing the iterator early cancels it at once."""
+        """The request's outputs up to the one with a finish reason; closing the iterator early
+        cancels it at once.
+        """
         ...
 
     async def load(self, digest: str, *, wait: bool = True) -> AdapterResidencyInfo: ...

@@ -1,7 +1,7 @@
 """Errors as clients see them: one body, one table from stable code to HTTP status.
 
 ApiError                  raised by routes and services, carries a code of `STATUS`
-EngineError (engine)      carries its own code; its class gives the status when the code is not in the table
+EngineError (engine)      carries its own code; its class gives the status of an unlisted one
 AdapterRefused (adapters) becomes 422 with every problem in `details`
 
 Knows nothing of routes; `app.py` installs the handlers.
@@ -69,7 +69,7 @@ _STATUS_OF_CLASS: tuple[tuple[type[engine_errors.EngineError], int], ...] = (
 
 
 class ApiError(Exception):
-    """A refusal with a stable code. `details` is a list of JSON objects, `param` the field at fault."""
+    """A refusal with a stable code. `details` are JSON objects, `param` is the field at fault."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ApiError(Exception):
 
 
 def status_of(error: engine_errors.EngineError) -> int:
-    """The HTTP status of an engine error: by code where the table has it, else by class, else 500."""
+    """The HTTP status of an engine error: by its code, else by its class, else 500."""
     found = STATUS.get(error.code)
     if found is not None:
         return found

@@ -1,6 +1,7 @@
 """One request's tokens as text: detokenised as they come, cut at stop strings, ended exactly once.
 
-Sits between the engine (tokens) and the response writers (bytes). Knows nothing of HTTP, JSON or adapters' names.
+Sits between the engine (tokens) and the response writers (bytes). Knows nothing of HTTP, JSON or
+adapters' names.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ class Choice:
 
 @dataclass(slots=True)
 class Timing:
-    """When things happened, in `time.perf_counter` seconds; intervals between tokens as (seconds, tokens)."""
+    """When things happened, in `time.perf_counter` seconds; intervals between tokens as (seconds,
+    tokens).
+    """
 
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
@@ -159,7 +162,9 @@ class Generation:
         return max(choice.queue_s for choice in self.choices)
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
-        """News of all choices as they come. Closing it early cancels what still runs. Raises: EngineError."""
+        """News of all choices as they come. Closing it early cancels what still runs. Raises:
+        EngineError.
+        """
         return self._follow(self.choices[0]) if len(self.choices) == 1 else self._follow_all()
 
     async def _follow(self, choice: Choice) -> AsyncGenerator[Delta, None]:

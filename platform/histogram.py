@@ -1,4 +1,6 @@
-"""A histogram that costs a bisection per observation: no locks, no label look-ups, read only when scraped."""
+"""A histogram that costs a bisection per observation: no locks, no label look-ups, read only when
+scraped.
+"""
 
 from __future__ import annotations
 

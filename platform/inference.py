@@ -24,8 +24,8 @@ from loraplex.platform.openai_format import Answer, Kind
 from loraplex.platform.openai_schemas import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
 from loraplex.platform.served_model import ServedModel
 
-# Longer texts are tokenised in a worker thread (the library releases the GIL), so that streams do not stall.
-# ~1 us per character: 16k characters are about 15 ms.
+# Longer texts are tokenised in a worker thread (the library releases the GIL), so that streams do
+# not stall. ~1 us per character: 16k characters are about 15 ms.
 INLINE_CHARS = 16_384
 
 
@@ -123,7 +123,8 @@ class InferenceService:
         if len(prompts) * num_choices > MAX_CHOICES:
             raise ApiError(
                 "invalid_request",
-                f"{len(prompts)} prompts x n={num_choices} exceed {MAX_CHOICES} choices; send fewer at once",
+                f"{len(prompts)} prompts x n={num_choices} exceed {MAX_CHOICES} choices; "
+                "send fewer at once",
                 param="n",
             )
         param = "prompt" if kind == "completion" else "messages"
@@ -185,7 +186,9 @@ class InferenceService:
     async def _composition(
         self, body: GenerationBody, model: ServedModel
     ) -> tuple[str, Composition]:
-        """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters` mean together."""
+        """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters`
+        mean together.
+        """
         by_model = None
         if body.model and body.model not in (model.name, model.info.name):
             by_model = await self._by_model(body.model)
@@ -294,15 +297,16 @@ def _render(body: ChatBody, model: ServedModel) -> str:
 
 
 def _fit(prompt: _Prompt, body: GenerationBody, model: ServedModel, param: str) -> _Prompt:
-    """The prompt, cut to `truncate_prompt_tokens`; at least one token of output must fit behind it."""
+    """The prompt, cut to `truncate_prompt_tokens`; a token of output must fit behind it."""
     if body.truncate_prompt_tokens is not None:
         prompt = _Prompt(prompt.token_ids[-body.truncate_prompt_tokens :], prompt.text)
     longest = model.info.max_model_len - 1
     if len(prompt.token_ids) > longest:
         raise ApiError(
             "context_length_exceeded",
-            f"the prompt has {len(prompt.token_ids)} tokens, this model takes {longest} and one of output "
-            f"(max_model_len {longest + 1}); shorten it or set truncate_prompt_tokens",
+            f"the prompt has {len(prompt.token_ids)} tokens, this model takes {longest} "
+            f"and one of output (max_model_len {longest + 1}); shorten it "
+            "or set truncate_prompt_tokens",
             param=param,
         )
     return prompt

@@ -1,7 +1,8 @@
 """The registry's tables. Names of adapters live here and only here: the engine knows digests.
 
-An adapter's version numbers never repeat (`next_version` only grows, also over deletion and re-creation of the
-name), so `sql@3` means one content for ever. Rows of versions go when they are deleted; the audit log stays.
+An adapter's version numbers never repeat (`next_version` only grows, also over deletion and
+re-creation of the name), so `sql@3` means one content for ever. Rows of versions go when they are
+deleted; the audit log stays.
 """
 
 from __future__ import annotations
@@ -91,9 +92,11 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """One content under one name. `manifest` sums up what validation found out about it (rank, modules, sizes...).
+    """One content under one name. `manifest` sums up what validation found out about it (rank,
+    modules, sizes...).
 
-    `model_signature` names the module shapes it was validated against; another one at start means: check again.
+    `model_signature` names the module shapes it was validated against; another one at start means:
+    check again.
     """
 
     __tablename__ = "adapter_version"

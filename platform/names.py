@@ -1,6 +1,7 @@
 """How adapters are named by clients, and nothing of where they are kept.
 
-`sql` (newest version), `sql@3` (that version), `sql:prod` (an alias), `sha256:<64 hex>` (exactly this content).
+`sql` (newest version), `sql@3` (that version), `sql:prod` (an alias), `sha256:<64 hex>` (exactly
+this content).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers in OpenAI's shapes: whole ones as dictionaries, streamed ones as ready bytes.
 
-The streamed form is on the hot path (one call per token and client), so everything that stays equal within a stream is
-serialised once; per chunk only the text is encoded. Knows nothing of HTTP.
+The streamed form is on the hot path (one call per token and client), so everything that stays equal
+within a stream is serialised once; per chunk only the text is encoded. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kind = Literal["completion", "chat"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What all chunks of one answer share. `adapters` are the members of its composition, in order."""
+    """What all chunks of one answer share. `adapters`: its composition, in order."""
 
     kind: Kind
     id: str
@@ -58,11 +58,13 @@ def usage(generation: Generation, *, discard_output: bool = False) -> dict[str, 
     }
 
 
-# --- log-probabilities -----------------------------------------------------------------------------
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 class LogprobWriter:
-    """Log-probabilities of one choice in the shape of its route; remembers the text offset (completions only)."""
+    """Log-probabilities of one choice in the shape of its route; remembers the text offset
+    (completions only).
+    """
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -158,7 +160,7 @@ def prompt_logprobs(
     return written
 
 
-# --- whole answers ---------------------------------------------------------------------------------
+# --- whole answers --------------------------------------------------------------------------------
 
 
 class Collected:
@@ -229,11 +231,13 @@ def whole(answer: Answer, generation: Generation, collected: Sequence[Collected]
     }
 
 
-# --- streamed answers ------------------------------------------------------------------------------
+# --- streamed answers -----------------------------------------------------------------------------
 
 
 class StreamWriter:
-    """Server-sent events of one answer. `chunk` is the hot path: one bytes concatenation and one JSON string."""
+    """Server-sent events of one answer. `chunk` is the hot path: one bytes concatenation and one
+    JSON string.
+    """
 
     def __init__(self, answer: Answer, generation: Generation) -> None:
         self._answer = answer
@@ -265,7 +269,7 @@ class StreamWriter:
         self._begun = [False] * len(generation.choices)
 
     def chunk(self, delta: Delta) -> bytes:
-        """The events of one delta; a choice's first is preceded by its opening, its last closes it."""
+        """The events of one delta; a choice's first delta also opens it, its last closes it."""
         index = delta.index
         opening = b""
         if not self._begun[index]:

@@ -1,7 +1,8 @@
-"""Request bodies of `/v1/completions` and `/v1/chat/completions`: OpenAI's fields, vLLM's extras, our adapter fields.
+"""Request bodies of `/v1/completions` and `/v1/chat/completions`: OpenAI's fields, vLLM's extras,
+our adapter fields.
 
-Unknown fields are accepted and ignored (clients send many); known ones are checked. What this server cannot do is
-refused by name, never silently dropped.
+Unknown fields are accepted and ignored (clients send many); known ones are checked. What this
+server cannot do is refused by name, never silently dropped.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class GenerationBody(BaseModel):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1000)] | None = Field(
         None,
-        description="0 = greedy. Default: the model's generation_config, else 1. So for top_p, top_k, min_p and "
-        "repetition_penalty.",
+        description="0 = greedy. Default: the model's generation_config, else 1. "
+        "So for top_p, top_k, min_p and repetition_penalty.",
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -132,9 +133,11 @@ class GenerationBody(BaseModel):
         raise NotImplementedError
 
     def sampling(self, defaults: dict[str, float | int], *, choice: int = 0) -> SamplingParams:
-        """The engine's parameters. A field that was not sent takes the model's default, then the API's.
+        """The engine's parameters. A field that was not sent takes the model's default, then the
+        API's.
 
-        Choice i of a seeded request samples with seed + i: the same request gives the same set of answers.
+        Choice i of a seeded request samples with seed + i: the same request gives the same set of
+        answers.
         """
         given: dict[str, Any] = {
             name: value

@@ -1,7 +1,8 @@
 """Registry and files brought into agreement at start, after whatever a crash left.
 
-Files that no row names are removed; rows whose files are gone fail, with the reason; removals that were under way and
-never acknowledged are taken back. Once the model is known, adapters validated against another one are checked again.
+Files that no row names are removed; rows whose files are gone fail, with the reason; removals that
+were under way and never acknowledged are taken back. Once the model is known, adapters validated
+against another one are checked again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ async def reconcile_files(db: Database, store: AdapterStore) -> None:
 
 
 async def reconcile_model(db: Database, store: AdapterStore, model: ServedModel) -> None:
-    """Once the model is loaded: which adapters fit it? Those validated against the same shapes do."""
+    """Once the model is loaded: which adapters fit? Those validated against its shapes do."""
     async with db.read() as session:
         rows = await ContentRepository(session).all()
     strangers = [

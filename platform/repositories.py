@@ -1,4 +1,6 @@
-"""Every query of the registry, always within one tenant. Sessions come in, rows go out; nobody commits here."""
+"""Every query of the registry, always within one tenant. Sessions come in, rows go out; nobody
+commits here.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ class AdapterRepository:
 
 
 class ContentRepository:
-    """Contents (digests) over all tenants: files are shared, so only here does the tenant not matter."""
+    """Contents (digests) over all tenants: files are shared, so only here does the tenant not
+    matter.
+    """
 
     def __init__(self, session: AsyncSession) -> None:
         self._session = session

@@ -1,7 +1,8 @@
-"""Responses that generate while they are being sent, and stop the engine at once when the client hangs up.
+"""Responses that generate while they are being sent, and stop the engine at once when the client
+hangs up.
 
-Both wait for the first news before the headers go out, so a request that the engine refuses is a plain error with
-its own status; once a stream has begun, an error is an event and the stream ends.
+Both wait for the first news before the headers go out, so a request that the engine refuses is a
+plain error with its own status; once a stream has begun, an error is an event and the stream ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ OnEnd = Callable[[Prepared, str], None]
 
 
 class GenerationResponse(Response):
-    """Runs one prepared generation. `on_end` hears exactly once how it ended: a finish reason, "abort" or "error"."""
+    """Runs one prepared generation. `on_end` hears exactly once how it ended: a finish reason,
+    "abort" or "error".
+    """
 
     def __init__(self, prepared: Prepared, on_end: OnEnd) -> None:
         super().__init__()
@@ -77,7 +80,8 @@ class GenerationResponse(Response):
                 body = encode(errors.body(status, error.code, error.message))
                 await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
                 return "error"
-        # Sent when nothing is left to do: a server may report the end of the response as a disconnect.
+        # Sent when nothing is left to do: a server may report the end of the response as a
+        # disconnect.
         await send({"type": "http.response.body", "body": body + writer.last()})
         return self._finish_reason()
 
@@ -99,7 +103,9 @@ class GenerationResponse(Response):
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, str]) -> str | None:
-    """The work's result, or None when the client left first; the work is cancelled then, and has ended on return."""
+    """The work's result, or None when the client left first; the work is cancelled then, and has
+    ended on return.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:

@@ -1,4 +1,6 @@
-"""What one running server has: made by the lifespan of `app.py`, reached by routes through `runtime`."""
+"""What one running server has: made by the lifespan of `app.py`, reached by routes through
+`runtime`.
+"""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class EvictOrder(BaseModel):
 
 
 class Slot(BaseModel):
-    """A resident adapter. `id` and `version` are null for content whose name was deleted meanwhile."""
+    """A resident adapter. `id` and `version` are null if its name was deleted meanwhile."""
 
     id: str | None
     version: int | None
@@ -207,7 +207,9 @@ class Evicted(BaseModel):
 
 
 class AdapterRoom(BaseModel):
-    """How many more adapters fit on the device now, without evicting one, by rank (all modules adapted)."""
+    """How many more adapters fit on the device now, without evicting one, by rank (all modules
+    adapted).
+    """
 
     rank: int
     adapters: int

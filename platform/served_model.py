@@ -1,6 +1,7 @@
 """The base model as the platform serves it: its name in the API, its module shapes, its text side.
 
-Made once the engine is ready, from `ModelInfo` alone; the API process never opens the model's directory.
+Made once the engine is ready, from `ModelInfo` alone; the API process never opens the model's
+directory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The settings of one server: `LORAPLEX_...` variables and the same names as flags of `loraplex serve`.
+"""The settings of one server: `LORAPLEX_...` variables and the same names as flags of `loraplex
+serve`.
 
-Precedence: argument (the CLI's flags) > environment > default. A `LORAPLEX_` variable that is no setting is an
-error, so a typing mistake cannot pass silently. Nothing is read at import.
+Precedence: argument (the CLI's flags) > environment > default. A `LORAPLEX_` variable that is no
+setting is an error, so a typing mistake cannot pass silently. Nothing is read at import.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", sta
 
 
 def parse_size(value: Any) -> Any:
-    """Bytes from `1048576`, `"512MB"` (10^6) or `"2GiB"` (2^30). Raises ValueError naming the way out."""
+    """Bytes from `1048576`, `"512MB"` (10^6) or `"2GiB"` (2^30). Raises ValueError naming the way
+    out.
+    """
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -47,11 +50,14 @@ PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
 class _Environment(EnvSettingsSource):
-    """The environment, read closed: variables with our prefix that name no setting reach `extra="forbid"`."""
+    """The environment, read closed: variables with our prefix that name no setting reach
+    `extra="forbid"`.
+    """
 
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
         known = {f"{ENV_PREFIX}{name.upper()}" for name in self.settings_cls.model_fields}
+        known.add(f"{ENV_PREFIX}URL")  # tells the client commands where a server is
         for name in os.environ:
             if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
                 values[name] = os.environ[name]
@@ -59,9 +65,11 @@ class _Environment(EnvSettingsSource):
 
 
 class Settings(BaseSettings):
-    """What one server runs with. Every field is a flag (`--max-model-len`) and a variable (`LORAPLEX_MAX_MODEL_LEN`).
+    """What one server runs with. Every field is a flag (`--max-model-len`) and a variable
+    (`LORAPLEX_MAX_MODEL_LEN`).
 
-    Raises: pydantic.ValidationError (a ValueError) naming the setting, its value and what would be right.
+    Raises: pydantic.ValidationError (a ValueError) naming the setting, its value and what would be
+    right.
     """
 
     model_config = SettingsConfigDict(
@@ -124,8 +132,8 @@ class Settings(BaseSettings):
     # the API
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
-        description="Key that clients must send as `Authorization: Bearer KEY`; may be given several times "
-        "(comma-separated in the environment). None: open to everyone who can reach the port.",
+        description="Key that clients must send as `Authorization: Bearer KEY`; may be given "
+        "several times (comma-separated in the environment). None: open to all who reach the port.",
     )
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the registry; default: SQLite in the data directory."

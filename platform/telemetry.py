@@ -1,7 +1,8 @@
 """Metrics of one server, in a registry of its own, and the set-up of its logs.
 
-Request figures are plain counters and histograms touched once per request; engine figures come with the engine's
-snapshot at scrape time. Names: `vllm:` ones as vLLM exposes them (routers and dashboards know them), `loraplex:` ours.
+Request figures are plain counters and histograms touched once per request; engine figures come with
+the engine's snapshot at scrape time. Names: `vllm:` ones as vLLM exposes them (routers and
+dashboards know them), `loraplex:` ours.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
 
 
 class RequestMetrics:
-    """What the API process itself sees of requests. One call per request, from the event loop's thread."""
+    """What the API process itself sees of requests. One call per request, from the event loop's
+    thread.
+    """
 
     def __init__(self) -> None:
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
@@ -336,7 +339,7 @@ def exposition(
     return registry
 
 
-# --- logs ------------------------------------------------------------------------------------------
+# --- logs -----------------------------------------------------------------------------------------
 
 _PLAIN_FIELDS = frozenset(
     {*logging.LogRecord("", 0, "", 0, "", (), None).__dict__, "message", "asctime", "taskName"}

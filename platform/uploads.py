@@ -1,7 +1,8 @@
-"""Receives a multipart upload as it arrives: files go to the caller's writers in bounded pieces, text into a dict.
+"""Receives a multipart upload as it arrives: files go to the caller's writers in bounded pieces,
+text into a dict.
 
-Nothing is ever whole in memory, and nothing the client sends becomes a path: which file is written is decided by the
-form field it arrived in. Knows nothing of adapters.
+Nothing is ever whole in memory, and nothing the client sends becomes a path: which file is written
+is decided by the form field it arrived in. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ async def receive_upload(
 ) -> Upload:
     """Write each file of a multipart body to the writer of its form field.
 
-    Raises: ApiError(unsupported_media_type | content_too_large | invalid_request), and what the writers raise.
+    Raises: ApiError(unsupported_media_type | content_too_large | invalid_request), and what the
+    writers raise.
     """
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data":
         raise ApiError(
             "unsupported_media_type",
-            f"uploads are multipart/form-data, not {content_type[:80] or 'without a content type'!r}",
+            f"uploads are multipart/form-data, not {content_type[:80]!r}",
         )
     if not boundary:
         raise ApiError("invalid_request", "the multipart content type names no boundary")

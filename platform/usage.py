@@ -1,4 +1,6 @@
-"""Counts requests and tokens per adapter version, and writes them to the registry in batches, off the request path."""
+"""Counts requests and tokens per adapter version, and writes them to the registry in batches, off
+the request path.
+"""
 
 from __future__ import annotations
 

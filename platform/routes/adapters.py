@@ -46,7 +46,7 @@ _UPLOAD_BODY: dict[str, Any] = {
                         "weights": {**_FILE, "description": "adapter_model.safetensors"},
                         "archive": {
                             **_FILE,
-                            "description": "Instead of the two: a zip, tar or tar.gz that holds them.",
+                            "description": "Instead of the two: a zip, tar or tar.gz of them.",
                         },
                         "description": {"type": "string"},
                         "metadata": {"type": "string", "description": "A JSON object."},
@@ -68,7 +68,9 @@ _UPLOAD_BODY: dict[str, Any] = {
 async def upload_adapter(
     request: Request, response: Response, state: State, who: Actor
 ) -> AdapterObject:
-    """Register an adapter, or a new version of it. Everything is checked first; a refusal names every problem."""
+    """Register an adapter, or a new version of it. Everything is checked first; a refusal names
+    every problem.
+    """
     model = state.served_model()
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > state.settings.max_upload_bytes:
@@ -135,7 +137,9 @@ async def delete_adapter(
         float | None, Query(ge=0, le=3600, description="Wait so long for running requests.")
     ] = None,
 ) -> AdapterDeleted:
-    """Delete an adapter or one version. New requests are refused at once; running ones make it a 409 unless told."""
+    """Delete an adapter or one version. New requests are refused at once; running ones make it a
+    409 unless told.
+    """
     if version is not None and "@" in adapter_id:
         raise ApiError("invalid_request", "name the version once", param="version")
     name, _, named_version = adapter_id.partition("@")

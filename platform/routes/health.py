@@ -1,4 +1,6 @@
-"""`/healthz`, `/readyz`, `/metrics`, `/version`: for probes, scrapers and the curious. Open without an API key."""
+"""`/healthz`, `/readyz`, `/metrics`, `/version`: for probes, scrapers and the curious. Open without
+an API key.
+"""
 
 from __future__ import annotations
 

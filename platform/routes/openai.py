@@ -26,7 +26,9 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 
 @router.post("/completions", responses=_STREAM)
 async def completions(body: CompletionBody, state: State) -> Response:
-    """Continue a prompt. `adapter_id` (or `model`) names the adapter; without one the base model answers."""
+    """Continue a prompt. `adapter_id` (or `model`) names the adapter; without one the base model
+    answers.
+    """
     prepared = await state.inference.prepare_completion(body, state.served_model())
     return GenerationResponse(prepared, state.generation_ended)
 

@@ -84,11 +84,15 @@ async def test_writes_begin_immediately_and_roll_back_on_error(tmp_path: Path) -
     from loraplex.platform.models import Adapter
 
     database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'r.sqlite'}")
-    with pytest.raises(RuntimeError, match="half-way"):
+
+    async def fail() -> None:
         async with database.unit_of_work() as session:
             session.add(Adapter(name="a"))
             await session.flush()
             raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        await fail()
     async with database.read() as session:
         assert await session.get(Adapter, 1) is None
     await database.close()

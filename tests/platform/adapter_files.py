@@ -1,4 +1,4 @@
-"""Tiny valid PEFT adapters for the fake model, written by hand: no torch, no safetensors library."""
+"""Tiny valid PEFT adapters for the fake model, written by hand without torch."""
 
 from __future__ import annotations
 

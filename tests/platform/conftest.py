@@ -71,7 +71,7 @@ Start = Callable[..., AbstractAsyncContextManager[Server]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Start an app over `tmp_path/data`, as often as one likes: `async with start(...) as server`."""
+    """Start an app over `tmp_path/data`, any number of times: `async with start(...) as s`."""
 
     @asynccontextmanager
     async def run(

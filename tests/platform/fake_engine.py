@@ -111,7 +111,9 @@ def model_info(**changes: Any) -> ModelInfo:
 
 
 class FakeEngine:
-    """Speaks `TEXT`, one byte a token, then again from the start. `say` replaces the text of a request."""
+    """Speaks `TEXT`, one byte a token, then again from the start. `say` replaces the text of a
+    request.
+    """
 
     def __init__(self, info: ModelInfo | None = None, *, loaded: bool = True) -> None:
         self._info = info or model_info()

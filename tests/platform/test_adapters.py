@@ -1,4 +1,6 @@
-"""`/v1/adapters` through the ASGI app: upload in every form, list, versions, aliases, download, delete."""
+"""`/v1/adapters` through the ASGI app: upload in every form, list, versions, aliases, download,
+delete.
+"""
 
 from __future__ import annotations
 

@@ -314,18 +314,18 @@ async def test_every_code_of_the_table_has_a_test(request: pytest.FixtureRequest
 async def test_a_client_that_hangs_up_frees_the_engine(
     start: Any, until: Callable[..., Any]
 ) -> None:
-    for body in ({"stream": True}, {"stream": False}, {"stream": True, "n": 3}):
+    for stream, n in ((True, 1), (False, 1), (True, 3)):
+        body = {"prompt": "x", "max_tokens": 9, "stream": stream, "n": n}
         async with start() as server:
             server.engine.hold = asyncio.Event()
             hung_up = asyncio.Event()
-            request = asyncio.create_task(
-                call_and_hang_up(server.app, {"prompt": "x", "max_tokens": 9, **body}, hung_up)
-            )
-            await until(lambda: len(server.engine.running) == body.get("n", 1))
+            request = asyncio.create_task(call_and_hang_up(server.app, body, hung_up))
+            engine = server.engine
+            await until(lambda engine=engine, n=n: len(engine.running) == n)
             hung_up.set()
             await request
             assert server.engine.running == {}
-            assert len(server.engine.cancelled) == body.get("n", 1)
+            assert len(server.engine.cancelled) == n
             assert server.runtime.metrics.finished == {"abort": 1}
 
 

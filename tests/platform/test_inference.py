@@ -206,7 +206,7 @@ async def test_echo_repeats_the_prompt_with_its_logprobs(server: Any) -> None:
 
 
 async def test_echo_alone_scores_a_prompt(server: Any) -> None:
-    """What evaluation harnesses send: max_tokens=0, only the prompt's log-probabilities are wanted."""
+    """What evaluation harnesses send: only the prompt's log-probabilities are wanted."""
     answer = await complete(server, prompt=[120, 121], max_tokens=0, echo=True, logprobs=1)
     choice = answer["choices"][0]
     assert (choice["text"], choice["logprobs"]["tokens"]) == ("xy", ["x", "y"])

@@ -1,4 +1,6 @@
-"""Settings: flags before environment before defaults, sizes, and mistakes that do not pass silently."""
+"""Settings: flags before environment before defaults, sizes, and mistakes that do not pass
+silently.
+"""
 
 from __future__ import annotations
 

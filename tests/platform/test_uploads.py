@@ -1,4 +1,6 @@
-"""What can be wrong with an upload's wrapping: each a clear 4xx, nothing left behind. Contents are adapters' matter."""
+"""What can be wrong with an upload's wrapping: each a clear 4xx, nothing left behind. Contents are
+adapters' matter.
+"""
 
 from __future__ import annotations
 
