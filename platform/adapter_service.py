@@ -9,7 +9,6 @@ engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodi
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.models import Adapter, AdapterVersion, Alias, utc_now
 from loraplex.platform.names import Reference, adapter_not_found, check_name
+from loraplex.platform.registration import Registration
 from loraplex.platform.repositories import AdapterRepository, AuditRepository, ContentRepository
 from loraplex.platform.schemas import (
     AdapterDeleted,
@@ -39,7 +39,6 @@ from loraplex.platform.schemas import (
     AdapterPatch,
     AliasObject,
     Freed,
-    checked_metadata,
 )
 from loraplex.platform.served_model import ServedModel
 
@@ -160,7 +159,7 @@ class AdapterService:
             upload = await uploads.receive_upload(
                 chunks, content_type, self._writers(staging), self._max_upload_bytes
             )
-            order = _Registration.from_upload(upload, model)
+            order = Registration.from_upload(upload, model)
             manifest = await asyncio.to_thread(
                 self._inspect, staging, "archive" in upload.files, model
             )
@@ -194,7 +193,7 @@ class AdapterService:
         return intake.inspect(staging.path, model.info.modules, self._limits, model.info.name)
 
     async def _insert(
-        self, order: _Registration, manifest: AdapterManifest, model: ServedModel, actor: str
+        self, order: Registration, manifest: AdapterManifest, model: ServedModel, actor: str
     ) -> tuple[Adapter, bool]:
         for _ in range(MAX_RETRIES):
             try:
@@ -204,7 +203,7 @@ class AdapterService:
         raise ApiError("name_taken", f"adapter {order.name!r} is being changed by others; retry")
 
     async def _try_insert(
-        self, order: _Registration, manifest: AdapterManifest, model: ServedModel, actor: str
+        self, order: Registration, manifest: AdapterManifest, model: ServedModel, actor: str
     ) -> tuple[Adapter, bool]:
         async with self._db.unit_of_work() as session:
             adapters = AdapterRepository(session)
@@ -399,55 +398,6 @@ class AdapterService:
     def _forget_cached(self) -> None:
         self._cache.clear()
         self._cache_generation += 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Registration:
-    """The text fields of an upload, checked."""
-
-    name: str
-    description: str | None
-    metadata: dict[str, Any] | None
-    alias: str | None
-
-    @classmethod
-    def from_upload(cls, upload: uploads.Upload, model: ServedModel) -> _Registration:
-        fields = dict(upload.fields)
-        name = check_name(_pop_required(fields, "name"))
-        if name in (model.name, model.info.name):
-            raise ApiError("name_taken", f"{name!r} is the base model's name", param="name")
-        alias = fields.pop("alias", None) or None
-        if alias is not None:
-            check_name(alias, what="alias", param="alias")
-        order = cls(name, fields.pop("description", None), _metadata(fields), alias)
-        if fields:
-            unknown = next(iter(fields))
-            raise ApiError("invalid_request", f"unknown field {unknown[:80]!r}", param=unknown[:80])
-        if upload.files not in ({"archive"}, {"config", "weights"}):
-            raise ApiError(
-                "invalid_request",
-                "send either the files config and weights, or the file archive; "
-                f"this upload has {', '.join(sorted(upload.files)) or 'none'}",
-                param="archive" if "archive" in upload.files else "weights",
-            )
-        return order
-
-
-def _pop_required(fields: dict[str, str], name: str) -> str:
-    value = fields.pop(name, "")
-    if not value:
-        raise ApiError("invalid_request", f"the form field {name!r} is missing", param=name)
-    return value
-
-
-def _metadata(fields: dict[str, str]) -> dict[str, Any] | None:
-    raw = fields.pop("metadata", "")
-    if not raw:
-        return None
-    try:
-        return checked_metadata(json.loads(raw))
-    except (ValueError, RecursionError) as error:
-        raise ApiError("invalid_request", f"metadata: {error}", param="metadata") from None
 
 
 def _set_alias(session: Any, adapter: Adapter, alias: str, version: int, actor: str) -> None:

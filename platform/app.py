@@ -31,11 +31,11 @@ from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
+from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.routes import adapters, admin, health, openai
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
-from loraplex.platform.telemetry import RequestMetrics
 from loraplex.platform.usage import UsageMeter
 
 log = logging.getLogger(__name__)

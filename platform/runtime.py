@@ -15,9 +15,9 @@ from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
+from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.settings import Settings
-from loraplex.platform.telemetry import RequestMetrics
 from loraplex.platform.usage import UsageMeter
 
 

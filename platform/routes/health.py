@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from loraplex.engine.errors import EngineError
+from loraplex.platform.exposition import EngineSnapshot, exposition
 from loraplex.platform.runtime import Runtime, runtime
-from loraplex.platform.telemetry import EngineSnapshot, exposition
 
 router = APIRouter(tags=["health"])
 

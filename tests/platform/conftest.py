@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,6 +17,7 @@ import httpx
 import pytest
 
 from loraplex.platform.app import create_app
+from loraplex.platform.db import Database
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.settings import Settings
 
@@ -69,8 +72,20 @@ def parts(*, alpha: float = 8, fill: float = 0.5, rank: int = 4) -> dict[str, An
 Start = Callable[..., AbstractAsyncContextManager[Server]]
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty registry as the migrations make it; a copy of it saves every test that work."""
+    path = tmp_path_factory.mktemp("registry") / "registry.sqlite"
+
+    async def make() -> None:
+        await (await Database.open(f"sqlite+aiosqlite:///{path}")).close()
+
+    asyncio.run(make())
+    return path
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path, migrated: Path) -> Start:
     """Start an app over `tmp_path/data`, any number of times: `async with start(...) as s`."""
 
     @asynccontextmanager
@@ -78,6 +93,9 @@ def start(tmp_path: Path) -> Start:
         engine: Any = None, *, wait: bool = True, **settings: Any
     ) -> AsyncIterator[Server]:
         engine = engine or fakes.FakeEngine()
+        (tmp_path / "data").mkdir(exist_ok=True)
+        if not (tmp_path / "data" / migrated.name).exists():
+            shutil.copy(migrated, tmp_path / "data")
         app = create_app(
             Settings(**{"model": "tiny", "data_dir": tmp_path / "data", **settings}), engine
         )
@@ -93,8 +111,6 @@ def start(tmp_path: Path) -> Start:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    import asyncio
-
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)

@@ -1,0 +1,231 @@
+"""One Prometheus scrape: the API process's figures, and the engine's snapshot taken for it.
+
+Names: `vllm:` ones as vLLM exposes them (routers and dashboards know them), `loraplex:` for ours.
+Every scrape has a registry of its own, so nothing is global and nothing is registered twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from loraplex.engine.api import AdapterResidencyInfo, AdapterState, EngineStats, MemoryInfo
+from loraplex.platform.request_metrics import HISTOGRAMS, RequestMetrics
+
+
+class EngineSnapshot:
+    """What the engine said for this scrape; all None or empty while it is away."""
+
+    def __init__(
+        self,
+        stats: EngineStats | None = None,
+        memory: MemoryInfo | None = None,
+        adapters: Sequence[AdapterResidencyInfo] = (),
+        names: dict[str, str] | None = None,
+    ) -> None:
+        self.stats = stats
+        self.memory = memory
+        self.adapters = adapters
+        self.names = names or {}  # digest -> adapter name
+
+
+class _Exposition(Collector):
+    """One scrape."""
+
+    def __init__(
+        self, model_name: str, ready: bool, requests: RequestMetrics, engine: EngineSnapshot
+    ) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._ready = ready
+        self._requests = requests
+        self._engine = engine
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._gauge("loraplex:ready", "1 when the engine answers.", int(self._ready))
+        yield from self._request_families()
+        yield from self._adapter_families()
+        if self._engine.stats is not None:
+            yield from self._stats_families(self._engine.stats)
+        yield from self._residency_families()
+        if self._engine.memory is not None:
+            yield from self._memory_families(self._engine.memory)
+
+    def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, help_text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, help_text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, help_text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _request_families(self) -> Iterable[Metric]:
+        names, values = list(self._labels), list(self._labels.values())
+        for name, (help_text, _) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(f"vllm:{name}", help_text, labels=names)
+            self._requests.histograms[name].add_to(family, values)
+            yield family
+        success = CounterMetricFamily(
+            "vllm:request_success",
+            "Requests by how they ended.",
+            labels=[*names, "finished_reason"],
+        )
+        for outcome, count in sorted(self._requests.finished.items()):
+            success.add_metric([*values, outcome], count)
+        yield success
+        yield self._counter(
+            "vllm:admission_rejections",
+            "Requests refused because the queue was full.",
+            self._requests.rejections,
+        )
+
+    def _adapter_families(self) -> Iterable[Metric]:
+        labels = ["model_name", "adapter"]
+        requests = CounterMetricFamily("loraplex:adapter_requests", "Requests.", labels=labels)
+        prompt = CounterMetricFamily(
+            "loraplex:adapter_prompt_tokens", "Prompt tokens.", labels=labels
+        )
+        output = CounterMetricFamily(
+            "loraplex:adapter_generation_tokens", "Output tokens.", labels=labels
+        )
+        ttft = HistogramMetricFamily(
+            "loraplex:adapter_time_to_first_token_seconds",
+            "Time to the first token.",
+            labels=labels,
+        )
+        loads = CounterMetricFamily(
+            "loraplex:adapter_loads", "Loads to the device, of adapters it knows.", labels=labels
+        )
+        model = self._labels["model_name"]
+        for name, series in self._requests.adapters:
+            requests.add_metric([model, name], series.requests)
+            prompt.add_metric([model, name], series.prompt_tokens)
+            output.add_metric([model, name], series.generated_tokens)
+            series.ttft.add_to(ttft, [model, name])
+        counted = {name for name, _ in self._requests.adapters}
+        for info in self._engine.adapters:
+            known = self._engine.names.get(info.digest)
+            if known in counted:
+                loads.add_metric([model, known], info.loads)
+                counted.discard(known)
+        return requests, prompt, output, ttft, loads
+
+    def _stats_families(self, stats: EngineStats) -> Iterable[Metric]:
+        yield self._gauge(
+            "vllm:num_requests_running", "Sequences in the running set.", stats.num_running
+        )
+        yield self._gauge("vllm:num_requests_waiting", "Sequences waiting.", stats.num_waiting)
+        reasons = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences waiting: capacity = for KV blocks or a place, deferred = for their adapter.",
+            labels=[*self._labels, "reason"],
+        )
+        deferred = sum(
+            count
+            for reason, count in stats.waiting_by_reason.items()
+            if reason in ("adapter_loading", "slot")
+        )
+        for reason, count in (("capacity", stats.num_waiting - deferred), ("deferred", deferred)):
+            reasons.add_metric([*self._labels.values(), reason], count)
+        yield reasons
+        yield self._gauge(
+            "vllm:kv_cache_usage_perc", "KV blocks in use, 0 to 1.", stats.kv_cache_usage
+        )
+        for name, help_text, value in (
+            ("vllm:prompt_tokens", "Prompt tokens computed or cached.", stats.prompt_tokens),
+            ("vllm:generation_tokens", "Output tokens.", stats.generation_tokens),
+            ("vllm:num_preemptions", "Preempted sequences.", stats.num_preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found cached.", stats.prefix_cache_hits),
+            ("vllm:prompt_tokens_cached", "Prompt tokens found cached.", stats.prefix_cache_hits),
+            ("loraplex:engine_steps", "Forward passes.", stats.steps),
+            ("loraplex:engine_step_tokens", "Tokens of all passes.", stats.step_tokens),
+            ("loraplex:adapter_loads_all", "Adapter loads.", stats.adapter_loads),
+            ("loraplex:adapter_evictions", "Adapter evictions.", stats.adapter_evictions),
+            ("vllm:lora_adapter_load_seconds", "Seconds of loading.", stats.adapter_load_seconds),
+        ):
+            yield self._counter(name, help_text, value)
+        yield self._gauge(
+            "vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", stats.adapters_on_device
+        )
+        yield self._gauge(
+            "vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.", stats.adapters_on_host
+        )
+        yield self._gauge(
+            "loraplex:adapter_bytes_used", "Device bytes of adapters.", stats.adapter_bytes_used
+        )
+        yield self._gauge(
+            "loraplex:adapter_bytes_total",
+            "Device bytes for adapters.",
+            stats.adapter_bytes_total,
+        )
+        yield self._lora_info(stats)
+
+    def _lora_info(self, stats: EngineStats) -> Metric:
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of running and waiting requests; the value is the time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        memory = self._engine.memory
+        room = memory.adapter_bytes_total // memory.adapter_page_bytes if memory else 0
+        names = self._engine.names
+
+        def joined(digests: Sequence[str]) -> str:
+            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
+
+        family.add_metric(
+            [str(room), joined(stats.running_digests), joined(stats.waiting_digests)], stats.time
+        )
+        return family
+
+    def _residency_families(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "Adapters in memory.",
+            labels=["adapter_name", "level", "pinned", "rank"],
+        )
+        levels = {
+            AdapterState.DEVICE: "gpu",
+            AdapterState.DRAINING: "gpu",
+            AdapterState.HOST: "cpu",
+        }
+        named = {name for name, _ in self._requests.adapters}
+        written = set()
+        for info in self._engine.adapters:
+            name = self._engine.names.get(info.digest)
+            level = levels.get(info.state)
+            if name is None or level is None or name not in named or name in written:
+                continue  # cardinality stays that of the per-adapter series
+            written.add(name)
+            family.add_metric([name, level, str(info.pinned).lower(), str(info.rank)], 1)
+        return (family,)
+
+    def _memory_families(self, memory: MemoryInfo) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "KV cache configuration.",
+            labels=[*self._labels, "block_size", "num_gpu_blocks"],
+        )
+        family.add_metric(
+            [*self._labels.values(), str(memory.block_size), str(memory.kv_blocks_total)], 1
+        )
+        return (family,)
+
+
+def exposition(
+    model_name: str, ready: bool, requests: RequestMetrics, engine: EngineSnapshot
+) -> CollectorRegistry:
+    """A registry that holds this scrape's figures."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Exposition(model_name, ready, requests, engine))
+    return registry
