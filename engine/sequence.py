@@ -1,7 +1,8 @@
 """One request's token state inside the engine. Knows nothing of models, tensors, text or who asked.
 
-`num_computed_tokens` is the heart: it counts the leading tokens whose K/V lie in `block_table`. Chunked prefill,
-prefix hits, decode and recompute after preemption are all "let it catch up with `num_tokens`".
+`num_computed_tokens` is the heart: it counts the leading tokens whose K/V lie in `block_table`.
+Chunked prefill, prefix hits, decode and recompute after preemption are all "let it catch up with
+`num_tokens`".
 
     token_ids:  | prompt ............................ | output ........ |
                 0            num_computed      num_prompt            num_tokens
@@ -29,7 +30,7 @@ class SequenceStatus(StrEnum):
 
 
 class WaitingReason(StrEnum):
-    """Why a waiting sequence was passed over the last time it was looked at. Values are RequestInfo's."""
+    """Why a sequence waits; the values of `RequestInfo.waiting_reason`."""
 
     KV = "kv"  # not enough free blocks
     SLOT = "slot"  # no room on the device for one of its adapters
@@ -38,34 +39,38 @@ class WaitingReason(StrEnum):
 
 
 def canonical_composition(adapters: tuple[AdapterUse, ...]) -> tuple[AdapterUse, ...]:
-    """The form in which two requests with the same effect are equal: by digest, without zero weights."""
+    """The form in which requests with the same effect are equal: by digest, no zero weights."""
     used = (use for use in adapters if use.weight != 0)
     return tuple(sorted(used, key=lambda use: (use.digest, use.weight)))
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`seq_id` is unique for the life of the engine; `adapters` is in canonical order and is what the model applies."""
+    """`seq_id` is unique for the life of the engine and grows with arrival."""
 
     seq_id: int
     request: GenerationRequest
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[AdapterUse, ...]  # canonical; what the model applies
     token_ids: list[int]  # prompt + output
     num_prompt_tokens: int
     max_num_tokens: int  # prompt + output never grow past this
-    eos_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]  # empty when the request ignores eos
     arrival_time: float  # seconds, the engine's clock
     seed: int  # the request's, or drawn when it was added
 
     status: SequenceStatus = SequenceStatus.WAITING
-    waiting_reason: WaitingReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # prefix_hash.py's memo
+    composition: tuple[tuple[str, float], ...] = field(init=False)  # `adapters`, sortable
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.composition = tuple((use.digest, use.weight) for use in self.adapters)
 
     @classmethod
     def from_request(
@@ -90,7 +95,7 @@ class Sequence:
                 max_model_len,
                 max_model_len if max_tokens is None else num_prompt_tokens + max_tokens,
             ),
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=frozenset() if request.sampling.ignore_eos else eos_token_ids,
             arrival_time=arrival_time,
             seed=seed,
         )
@@ -116,6 +121,11 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival."""
+        return (self.request.priority, self.seq_id)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
@@ -125,12 +135,12 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Prompt log-probabilities are asked for and not delivered yet (they go out with the first token)."""
+        """Asked for and not delivered yet: they go out with the first token."""
         return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
 
     @property
     def suppressed_token_ids(self) -> frozenset[int]:
-        """Tokens the sampler must not choose now: those that would end the sequence before `min_tokens`."""
+        """What the sampler must not choose now: tokens that would end it before `min_tokens`."""
         if self.num_output_tokens >= self.sampling.min_tokens:
             return frozenset()
         return self.eos_token_ids | frozenset(self.sampling.stop_token_ids)

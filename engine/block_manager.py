@@ -1,0 +1,192 @@
+"""Which KV block belongs to whom. Counts references and finds shared prefixes; touches no memory itself.
+
+A block is in exactly one of three places:
+
+    used    some block tables hold it (`ref_count` of them)
+    cached  nobody holds it, but its contents are findable by hash (LRU, oldest is reused first)
+    free    nobody holds it and nothing is known of its contents
+
+Only full blocks are findable and only full blocks are shared, so nobody ever writes to a shared block and no
+copy-on-write exists. The last token of a sequence is never taken from the cache: its logits are needed.
+
+A full block becomes findable when it is *scheduled*, before it is computed, so that sequences of one step share it.
+This is sound because (1) runners write the K/V of all of a step's tokens before attention reads them, per layer, and
+(2) `free` makes blocks that were never computed unfindable again; a step that fails must free all its sequences.
+
+PagedAttention: 2309.06180. Every operation is O(1) per block, but O(log n) to pick the lowest free one: neighbours
+in a sequence then tend to be neighbours in memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+from loraplex.engine.prefix_hash import block_hashes
+from loraplex.engine.sequence import Sequence
+
+
+class BlockManager:
+    """`num_blocks` blocks of `block_size` tokens; block ids are 0 .. num_blocks - 1, all usable."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks}, block_size={block_size}: both must be >= 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_cache = enable_prefix_cache
+        self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, ever
+        self.num_hit_tokens = 0  # ... and found
+        self._ref_counts = [0] * num_blocks
+        self._free = list(range(num_blocks))  # heap
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._hash_of: dict[int, bytes] = {}  # findable blocks, used or cached
+        self._tokens_of: dict[int, list[int]] = {}  # same keys
+        self._block_of: dict[bytes, int] = {}
+
+    # --- counts ---------------------------------------------------------------------------------
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Free or cached: what an allocation can take."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.num_blocks - self.num_available_blocks
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # --- a sequence's life ----------------------------------------------------------------------
+
+    def allocate(self, seq: Sequence, *, keep_available: int = 0) -> bool:
+        """Give `seq` blocks for all its tokens, shared ones first; sets its table and computed count.
+
+        False, and nothing changes, unless at least `keep_available` blocks stay available afterwards.
+        """
+        assert not seq.block_table, f"sequence {seq.seq_id} holds blocks already"
+        shared = self._find_prefix(seq)
+        num_new = self.num_blocks_for(seq.num_tokens) - len(shared)
+        num_revived = sum(1 for block in shared if self._ref_counts[block] == 0)
+        if num_new + num_revived + keep_available > self.num_available_blocks:
+            return False
+        for block in shared:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+        # Sorted, since the LRU hands out a chain tail first: memory order follows token order.
+        seq.block_table = shared + sorted(self._take() for _ in range(num_new))
+        seq.num_computed_tokens = len(shared) * self.block_size
+        if self.enable_prefix_cache:
+            self.num_queried_tokens += seq.num_tokens
+            self.num_hit_tokens += seq.num_computed_tokens
+        return True
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Extend the table until it holds `num_tokens`. False, and nothing changes, if blocks lack."""
+        num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
+        if num_new > self.num_available_blocks:
+            return False
+        seq.block_table.extend(self._take() for _ in range(num_new))
+        return True
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Make findable the full blocks that the step now scheduled completes, up to `num_tokens`.
+
+        A block whose contents another block has already stays private.
+        """
+        if not self.enable_prefix_cache:
+            return
+        size = self.block_size
+        end = num_tokens // size
+        begin = seq.num_computed_tokens // size
+        if begin >= end:
+            return
+        hashes = block_hashes(seq, end, size)
+        for index in range(begin, end):
+            block, block_hash = seq.block_table[index], hashes[index]
+            if block_hash in self._block_of:
+                continue
+            assert block not in self._hash_of, f"block {block} would change under its hash"
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+            self._tokens_of[block] = seq.token_ids[index * size : (index + 1) * size]
+
+    def free(self, seq: Sequence) -> None:
+        """Take back all blocks. What lies past `num_computed_tokens` was not computed and is forgotten."""
+        num_computed_blocks = seq.num_computed_tokens // self.block_size
+        # Tail first, so that of a chain the end is reused before the beginning it depends on.
+        for index in range(len(seq.block_table) - 1, -1, -1):
+            block = seq.block_table[index]
+            if index >= num_computed_blocks:
+                self._forget(block)
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    heapq.heappush(self._free, block)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all contents. Running sequences keep their blocks, but nobody new finds them."""
+        for block in self._cached:
+            heapq.heappush(self._free, block)
+        self._cached.clear()
+        self._hash_of.clear()
+        self._tokens_of.clear()
+        self._block_of.clear()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        if not self.enable_prefix_cache or seq.wants_prompt_logprobs:
+            return []  # prompt log-probabilities need every prompt token computed
+        size = self.block_size
+        max_blocks = (seq.num_tokens - 1) // size
+        found: list[int] = []
+        for index, block_hash in enumerate(block_hashes(seq, max_blocks, size)[:max_blocks]):
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            if self._tokens_of[block] != seq.token_ids[index * size : (index + 1) * size]:
+                break  # a hash collision: a miss like any other
+            found.append(block)
+        return found
+
+    def _take(self) -> int:
+        if self._free:
+            block = heapq.heappop(self._free)
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+        self._ref_counts[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
+            del self._tokens_of[block]
+
+    def check_invariants(self, sequences: Iterable[Sequence]) -> None:
+        """Assert that the books agree with the tables of all `sequences`. O(blocks): for tests and idle time."""
+        holders = Counter(block for seq in sequences for block in seq.block_table)
+        assert all(self._ref_counts[b] == holders[b] for b in range(self.num_blocks)), "ref counts"
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & cached, "a block is free and cached"
+        assert free | cached == {b for b in range(self.num_blocks) if not holders[b]}, "lost blocks"
+        assert not any(b in self._hash_of for b in free), "a free block is findable"
+        assert all(b in self._hash_of for b in cached), "a cached block cannot be found"
+        assert self._block_of == {h: b for b, h in self._hash_of.items()}, "hash maps disagree"
+        assert self._tokens_of.keys() == self._hash_of.keys(), "token map disagrees"

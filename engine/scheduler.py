@@ -1,0 +1,231 @@
+"""Which sequences run in the next step, and how many tokens of each. No tensors, no clocks but the caller's.
+
+A step spends `max_num_batched_tokens` so that every sequence's computed tokens catch up with its tokens: decode,
+chunked prefill, prefix hits and recompute after preemption are one case (Sarathi-Serve: 2403.02310).
+
+Order is `Sequence.order` everywhere: priority, then arrival. Running sequences go first, and each decode among them
+is sure of its token; the rest of the budget goes to running prefills, then to waiting sequences.
+
+* A waiting sequence gets blocks for all its tokens at once when it is admitted, so only decodes can lack a block.
+* If one does, the last sequence in order is preempted: it gives everything back and waits, to be recomputed. The
+  first in order can thus always go on, and since no request may need more blocks than there are, all of them end.
+  Nothing is admitted in such a step, and a few blocks stay unallocated at admission, against thrashing.
+* A waiting sequence whose adapters are not on the device is passed over and blocks nobody. One that lacks blocks
+  blocks all behind it, else a long prompt would wait forever behind short ones.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Sequence as Seq
+from typing import Protocol
+
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.errors import InvalidRequest, QueueFull
+from loraplex.engine.seams import Schedule, ScheduledSequence
+from loraplex.engine.sequence import Sequence, SequenceStatus, WaitingReason
+
+_KEEP_AVAILABLE = 0.01  # of all blocks, not allocated by admissions while others run
+
+
+class Residency(Protocol):
+    """What the scheduler asks of `adapters.slots.AdapterSlots`."""
+
+    def want(self, rank: tuple[int, int], digests: Iterable[str]) -> None: ...
+    def unwant(self, rank: tuple[int, int]) -> None: ...
+    def is_ready(self, digests: Iterable[str]) -> bool: ...
+    def waits_for_room(self, digests: Iterable[str]) -> bool: ...
+    def acquire(self, digests: Iterable[str]) -> None: ...
+    def release(self, digests: Iterable[str]) -> None: ...
+
+
+class Scheduler:
+    """Owns the waiting and running sets. Between `schedule` and `advance` nothing may be added or removed."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        slots: Residency,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_waiting: int,
+    ) -> None:
+        self.running: list[Sequence] = []  # in order
+        self.waiting: list[Sequence] = []  # in order
+        self.num_preemptions = 0
+        self._blocks = blocks
+        self._slots = slots
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_waiting = max_num_waiting
+        self._keep_available = max(1, int(blocks.num_blocks * _KEEP_AVAILABLE))
+        self._released_seq_ids: list[int] = []
+        self._stopped_by = WaitingReason.QUOTA  # why the last schedule admitted no more
+
+    # --- coming and going -----------------------------------------------------------------------
+
+    def check(self, num_prompt_tokens: int) -> None:
+        """Raises: QueueFull; InvalidRequest if the prompt can never be held."""
+        if len(self.waiting) >= self._max_num_waiting:
+            raise QueueFull(
+                f"{len(self.waiting)} requests wait already, the limit (max_num_waiting); try again later"
+            )
+        capacity = self._blocks.num_blocks * self._blocks.block_size
+        if num_prompt_tokens + 1 > capacity:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt_tokens} tokens and with one output token exceeds the KV cache of "
+                f"{capacity} tokens; shorten it or raise --kv-cache-memory",
+                code="context_length_exceeded",
+            )
+
+    def add(self, seq: Sequence) -> None:
+        """Queue it; its adapters begin to load. `check` was asked, and its adapters exist."""
+        self._wait(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """It ended, wherever it was: its blocks and adapters are free at once."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self._give_back(seq)
+        elif seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+            self._slots.unwant(seq.order)
+        seq.status = SequenceStatus.FINISHED
+
+    def waiting_reason(self, seq: Sequence) -> WaitingReason | None:
+        if seq.status is not SequenceStatus.WAITING:
+            return None
+        if self._slots.is_ready(seq.digests):
+            return self._stopped_by
+        if self._slots.waits_for_room(seq.digests):
+            return WaitingReason.SLOT
+        return WaitingReason.ADAPTER_LOADING
+
+    # --- the step -------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule:
+        """Choose the next step and allocate for it. Empty when nothing can run now."""
+        chosen: list[ScheduledSequence] = []
+        budget, lacks_blocks = self._schedule_running(chosen, self._max_num_batched_tokens)
+        if lacks_blocks:
+            self._stopped_by = WaitingReason.KV
+        else:
+            budget = self._schedule_waiting(chosen, budget)
+        chosen.sort(key=_batch_order)
+        released, self._released_seq_ids = self._released_seq_ids, []
+        return Schedule(
+            scheduled=chosen,
+            num_decodes=sum(item.is_decode for item in chosen),
+            num_tokens=self._max_num_batched_tokens - budget,
+            released_seq_ids=released,
+        )
+
+    def advance(self, schedule: Schedule) -> None:
+        """The step ran: its tokens are in the KV cache."""
+        for item in schedule.scheduled:
+            item.seq.num_computed_tokens += item.num_tokens
+
+    def _schedule_running(
+        self, chosen: list[ScheduledSequence], budget: int
+    ) -> tuple[int, bool]:
+        """Returns the budget left and whether blocks ran out."""
+        lacks_blocks = False
+        num_decodes_to_come = sum(seq.num_uncomputed_tokens == 1 for seq in self.running)
+        index = 0
+        while index < len(self.running):  # which shrinks from its end
+            seq = self.running[index]
+            index += 1
+            if seq.num_uncomputed_tokens == 1:
+                num_decodes_to_come -= 1
+            num_tokens = min(seq.num_uncomputed_tokens, budget - num_decodes_to_come)
+            if num_tokens <= 0:
+                continue
+            while not self._blocks.grow(seq, seq.num_computed_tokens + num_tokens):
+                lacks_blocks = True
+                victim = self.running[-1]
+                if victim is seq:
+                    break  # the last in order: it pauses and keeps what it has
+                num_decodes_to_come -= victim.num_uncomputed_tokens == 1
+                self._preempt(victim)
+            else:
+                budget -= self._choose(chosen, seq, num_tokens)
+        assert chosen or not self.running, "running sequences exist, but none can go on"
+        return budget, lacks_blocks
+
+    def _schedule_waiting(self, chosen: list[ScheduledSequence], budget: int) -> int:
+        self._stopped_by = WaitingReason.QUOTA
+        ready: dict[tuple[str, ...], bool] = {}
+        index = 0
+        while index < len(self.waiting) and budget > 0 and len(self.running) < self._max_num_seqs:
+            seq = self.waiting[index]
+            digests = seq.digests
+            if digests not in ready:
+                ready[digests] = self._slots.is_ready(digests)
+            if not ready[digests]:
+                index += 1
+                continue
+            if not self._blocks.allocate(
+                seq, keep_available=self._keep_available if self.running else 0
+            ):
+                self._stopped_by = WaitingReason.KV
+                break
+            del self.waiting[index]
+            self._run(seq)
+            budget -= self._choose(chosen, seq, min(seq.num_uncomputed_tokens, budget))
+        return budget
+
+    def _choose(
+        self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int
+    ) -> int:
+        start = seq.num_computed_tokens
+        self._blocks.publish(seq, start + num_tokens)
+        samples = start + num_tokens == seq.num_tokens
+        chosen.append(ScheduledSequence(seq, start, num_tokens, samples))
+        return num_tokens
+
+    # --- changes of state -----------------------------------------------------------------------
+
+    def _wait(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.WAITING
+        insort(self.waiting, seq, key=_order)
+        self._slots.want(seq.order, seq.digests)
+
+    def _run(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        insort(self.running, seq, key=_order)
+        self._slots.acquire(seq.digests)
+        self._slots.unwant(seq.order)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._give_back(seq)
+        seq.prompt_logprobs.clear()
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self._blocks.free(seq)
+        self._slots.release(seq.digests)
+        self._released_seq_ids.append(seq.seq_id)
+
+    def check_invariants(self) -> None:
+        """Assert that sets, statuses and blocks agree. For tests and idle time."""
+        for name, sequences, status in (
+            ("running", self.running, SequenceStatus.RUNNING),
+            ("waiting", self.waiting, SequenceStatus.WAITING),
+        ):
+            assert all(seq.status is status for seq in sequences), f"status of {name}"
+            assert sequences == sorted(sequences, key=_order), f"order of {name}"
+        assert len(self.running) <= self._max_num_seqs, "too many run"
+        assert not any(seq.block_table for seq in self.waiting), "a waiting sequence holds blocks"
+        self._blocks.check_invariants(self.running)
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order
+
+
+def _batch_order(item: ScheduledSequence) -> tuple[bool, Seq[tuple[str, float]], int]:
+    return (not item.is_decode, item.seq.composition, item.seq.seq_id)
