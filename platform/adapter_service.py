@@ -338,11 +338,12 @@ class AdapterService:
     ) -> Freed:
         """Make the engine let go of every content that only the leaving versions have."""
         freed = Freed()
-        ids = {row.id for row in leaving}
+        digests = {row.digest for row in leaving}
         async with self._db.read() as session:
-            rows = await ContentRepository(session).all()
-        kept = {row.digest for row in rows if row.id not in ids}
-        for digest in {row.digest for row in leaving} - kept:
+            kept = await ContentRepository(session).used_elsewhere(
+                digests, (row.id for row in leaving)
+            )
+        for digest in digests - kept:
             try:
                 released = await self._engine.forget(digest, force=force, timeout_s=drain_timeout_s)
             except AdapterInUse as error:

@@ -172,6 +172,10 @@ async def _adapter_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """FastAPI's own checks: 400, the first problem in the message, all of them in `details`."""
     assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "")
+    if kind and "json" not in kind and any(item["loc"] == ("body",) for item in error.errors()):
+        message = f"the body must be JSON: send `Content-Type: application/json`, not {kind[:80]!r}"
+        return _respond(415, "unsupported_media_type", message)
     problems = [_problem(item) for item in error.errors()]
     first = problems[0]
     where = first["param"]

@@ -136,6 +136,13 @@ class ContentRepository:
         found = await self._session.scalar(select(exists().where(AdapterVersion.digest == digest)))
         return bool(found)
 
+    async def used_elsewhere(self, digests: Iterable[str], version_ids: Iterable[int]) -> set[str]:
+        """Those of `digests` that versions other than `version_ids` have too."""
+        query = select(AdapterVersion.digest).where(
+            AdapterVersion.digest.in_(set(digests)), AdapterVersion.id.not_in(set(version_ids))
+        )
+        return set(await self._session.scalars(query))
+
     async def all(self) -> Sequence[AdapterVersion]:
         """Every version with its adapter, for the reconciliation at start."""
         query = select(AdapterVersion).options(selectinload(AdapterVersion.adapter))

@@ -149,6 +149,17 @@ async def test_bodies_that_are_no_requests(server: Any) -> None:
         check(answer, 400, "invalid_request", answer.json()["error"]["param"])
 
 
+async def test_a_forgotten_content_type_is_named(server: Any) -> None:
+    """curl -d sends a form unless told otherwise: the most common first mistake."""
+    answer = await server.http.post(
+        "/v1/completions",
+        content=b'{"prompt": "x"}',
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    )
+    error = check(answer, 415, "unsupported_media_type")
+    assert "Content-Type: application/json" in error["message"]
+
+
 async def test_who_is_not_there(server: Any) -> None:
     await server.upload("sql")
     for reference in ("nobody", "sql@99", "sql:nope", "sha256:" + "0" * 64, "No Name"):
