@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from loraplex.adapters.errors import AdapterError, AdapterRefused
 from loraplex.adapters.store import AdapterStore
+from loraplex.engine.client import EngineClient
 from loraplex.engine.errors import EngineError
 from loraplex.platform import errors
 from loraplex.platform.adapter_service import AdapterService
@@ -41,6 +42,7 @@ from loraplex.platform.usage import UsageMeter
 log = logging.getLogger(__name__)
 
 OnEngineFailed = Callable[[Exception], None]
+OnEngineProgress = Callable[[str, int, int], None]  # phase, done, total
 
 
 def create_app(
@@ -48,6 +50,7 @@ def create_app(
     engine: EnginePort | None = None,
     *,
     on_engine_failed: OnEngineFailed | None = None,
+    on_engine_progress: OnEngineProgress | None = None,
 ) -> FastAPI:
     """The ASGI application of one server.
 
@@ -56,11 +59,7 @@ def create_app(
     `on_engine_failed` hears of a start-up that can never succeed (wrong model, too little memory):
     the CLI prints it and stops the server.
     """
-    if engine is None:
-        from loraplex.engine.client import EngineClient
-
-        engine = EngineClient(settings.engine_config())
-    serving = engine
+    serving = engine or EngineClient(settings.engine_config(), on_progress=on_engine_progress)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -116,14 +115,15 @@ def create_app(
 async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> None:
     try:
         await runtime.engine.start()
-        info = runtime.engine.info
+        info, tokenizer = runtime.engine.info, runtime.engine.tokenizer
         assert info is not None, "an engine that started knows its model"
-        model = await asyncio.to_thread(ServedModel.from_info, info, runtime.base_name)
+        assert tokenizer is not None, "an engine that started knows its tokenizer"
+        model = ServedModel.from_info(info, tokenizer, runtime.base_name)
         await reconcile_model(runtime.db, runtime.store, model)
         runtime.model = model
     except Exception as error:
         log.error("engine_start_failed", extra={"reason": str(error)})
-        runtime.failure = str(error)
+        runtime.start_failure = str(error)
         if on_failed is not None:
             on_failed(error)
         return

@@ -4,7 +4,7 @@ tests.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from loraplex.engine.api import (
@@ -15,8 +15,9 @@ from loraplex.engine.api import (
     MemoryInfo,
     ModelInfo,
     RequestInfo,
-    SequenceOutput,
 )
+from loraplex.engine.stream import TextChunk
+from loraplex.engine.tokenizer import Tokenizer
 
 
 class EnginePort(Protocol):
@@ -30,8 +31,18 @@ class EnginePort(Protocol):
         ...
 
     @property
+    def failure(self) -> str | None:
+        """Why the engine was given up after a good start."""
+        ...
+
+    @property
     def info(self) -> ModelInfo | None:
         """None until the model was loaded once; then it stays, also over restarts."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's, as long as `info` is known."""
         ...
 
     async def start(self) -> None:
@@ -42,9 +53,17 @@ class EnginePort(Protocol):
 
     async def stop(self) -> None: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
-        """The request's outputs up to the one with a finish reason; closing the iterator early
-        cancels it at once.
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> AsyncGenerator[TextChunk, None]:
+        """The request's text up to the chunk with a finish reason.
+
+        Closing the generator early cancels the request at once.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""One request's tokens as text: detokenised as they come, cut at stop strings, ended exactly once.
+"""All sequences of one API request as one stream of news, with what has come of each so far.
 
-Sits between the engine (tokens) and the response writers (bytes). Knows nothing of HTTP, JSON or
-adapters' names.
+The engine client makes the text; this module merges, counts and times. Knows nothing of HTTP, JSON
+or adapters' names.
 """
 
 from __future__ import annotations
@@ -12,25 +12,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from loraplex.engine.api import FinishReason, GenerationRequest, SequenceOutput, TokenLogprobs
-from loraplex.engine.detokenizer import new_detokenizer
-from loraplex.engine.errors import EngineError
-from loraplex.engine.stop_strings import StopStrings
-from loraplex.engine.tokenizer import Tokenizer
+from loraplex.engine.api import GenerationRequest
+from loraplex.engine.stream import TextChunk
 from loraplex.platform.engine_port import EnginePort
-
-
-@dataclass(slots=True)
-class Delta:
-    """News of one choice. The last one of a choice has a `finish_reason`."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,85 +22,39 @@ class TextOptions:
     stop: Sequence[str] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
-    keep_empty: bool = (
-        False  # report tokens that complete no text yet (log-probabilities are wanted)
-    )
+    keep_empty: bool = False  # report tokens that complete no text yet: more than text is wanted
 
 
+Delta = tuple[int, TextChunk]  # news of choice i; its last has a `finish_reason`
+
+
+@dataclass(slots=True)
 class Choice:
     """One sequence: its request, and what has come of it so far."""
 
-    def __init__(
-        self,
-        index: int,
-        request: GenerationRequest,
-        tokenizer: Tokenizer,
-        options: TextOptions,
-        eos_token_ids: Sequence[int] = (),
-    ) -> None:
-        self.index = index
-        self.request = request
-        self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.queue_s = 0.0
-        self.finish_reason: str | None = None
-        self._options = options
-        self._detokenizer = new_detokenizer(
-            tokenizer,
-            skip_special_tokens=options.skip_special_tokens,
-            prompt_token_ids=request.prompt_token_ids,
-        )
-        self._stop = (
-            StopStrings(options.stop, include=options.include_stop) if options.stop else None
-        )
-        self._min_tokens = request.sampling.min_tokens
-        self._end_ids = frozenset((*eos_token_ids, *request.sampling.stop_token_ids))
+    index: int
+    request: GenerationRequest
+    options: TextOptions
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    queue_s: float = 0.0
+    finish_reason: str | None = None
 
-    def push(self, output: SequenceOutput) -> Delta | None:
-        """What this step's tokens add. Raises: EngineError when the sequence failed."""
-        if output.error is not None:
-            raise EngineError(output.error.message, code=output.error.code)
-        token_ids = output.token_ids
-        self.num_tokens += len(token_ids)
-        if output.num_cached_tokens is not None:
-            self.num_cached_tokens = output.num_cached_tokens
-        if output.queue_s is not None:
-            self.queue_s = output.queue_s
-        finish = output.finish_reason
-        shown = token_ids
-        if finish is FinishReason.STOP and not self._options.include_stop:
-            if shown and shown[-1] in self._end_ids:
-                shown = shown[:-1]
-        text = self._detokenizer.push(shown)
-        if finish is not None:
-            text += self._detokenizer.finish()
-        stop_reason: str | int | None = output.stop_token_id
-        if self._stop is not None and self.num_tokens >= self._min_tokens:
-            text = self._stop.push(text)
-            if self._stop.matched is not None:
-                finish, stop_reason = FinishReason.STOP, self._stop.matched
-            elif finish is not None:
-                text += self._stop.finish()
-        if finish is None and not text and not self._options.keep_empty:
-            return None
-        if finish is not None:
-            self.finish_reason = str(finish)
-        return Delta(
-            self.index,
-            text,
-            token_ids,
-            output.logprobs,
-            output.prompt_logprobs,
-            self.finish_reason,
-            stop_reason,
-        )
+    def count(self, chunk: TextChunk) -> None:
+        self.num_tokens += len(chunk.token_ids)
+        if chunk.num_cached_tokens is not None:
+            self.num_cached_tokens = chunk.num_cached_tokens
+        if chunk.queue_s is not None:
+            self.queue_s = chunk.queue_s
+        if chunk.finish_reason is not None:
+            self.finish_reason = chunk.finish_reason.value
 
 
 @dataclass(slots=True)
 class Timing:
-    """When things happened, in `time.perf_counter` seconds; intervals between tokens as (seconds,
-    tokens).
+    """When things happened, in `time.perf_counter` seconds.
+
+    `intervals`: time between tokens of a sequence, as (seconds, tokens).
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -124,17 +62,19 @@ class Timing:
     last_token: float | None = None
     intervals: list[tuple[float, int]] = field(default_factory=list)
 
-    def mark(self, num_tokens: int) -> None:
+    def mark(self, previous: float | None, num_tokens: int) -> float:
+        """Tokens of a sequence came, whose `previous` ones came then. Returns now."""
         now = time.perf_counter()
-        if self.last_token is None:
+        if self.first_token is None:
             self.first_token = now
-        elif num_tokens:
-            self.intervals.append(((now - self.last_token) / num_tokens, num_tokens))
+        if previous is not None and num_tokens:
+            self.intervals.append(((now - previous) / num_tokens, num_tokens))
         self.last_token = now
+        return now
 
 
 class Generation:
-    """All choices of one API request."""
+    """`choices[i].index == i`; choices of the same prompt share its list of token ids."""
 
     def __init__(self, engine: EnginePort, choices: Sequence[Choice]) -> None:
         self.choices = choices
@@ -143,15 +83,12 @@ class Generation:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return sum(
-            {id(c.request.prompt_token_ids): c.num_prompt_tokens for c in self.choices}.values()
-        )
+        """Every prompt counts once, however many choices it has."""
+        return sum(len(choice.request.prompt_token_ids) for choice in self._firsts())
 
     @property
     def num_cached_tokens(self) -> int:
-        return sum(
-            {id(c.request.prompt_token_ids): c.num_cached_tokens for c in self.choices}.values()
-        )
+        return sum(choice.num_cached_tokens for choice in self._firsts())
 
     @property
     def num_tokens(self) -> int:
@@ -162,31 +99,40 @@ class Generation:
         return max(choice.queue_s for choice in self.choices)
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
-        """News of all choices as they come. Closing it early cancels what still runs. Raises:
-        EngineError.
+        """News of all choices as they come. Closing it early cancels what still runs.
+
+        Raises: EngineError.
         """
         return self._follow(self.choices[0]) if len(self.choices) == 1 else self._follow_all()
 
+    def _firsts(self) -> Sequence[Choice]:
+        """One choice of each prompt."""
+        return list({id(c.request.prompt_token_ids): c for c in reversed(self.choices)}.values())
+
     async def _follow(self, choice: Choice) -> AsyncGenerator[Delta, None]:
-        outputs = self._engine.generate(choice.request)
-        async with aclosing(outputs):
-            async for output in outputs:
-                self.timing.mark(len(output.token_ids))
-                delta = choice.push(output)
-                if delta is not None:
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+        options, previous = choice.options, None
+        chunks = self._engine.generate(
+            choice.request,
+            stop=options.stop,
+            include_stop=options.include_stop,
+            skip_special_tokens=options.skip_special_tokens,
+        )
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                previous = self.timing.mark(previous, len(chunk.token_ids))
+                choice.count(chunk)
+                if chunk.text or options.keep_empty or chunk.finish_reason is not None:
+                    yield choice.index, chunk
 
     async def _follow_all(self) -> AsyncGenerator[Delta, None]:
-        queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
         async def run(choice: Choice) -> None:
             try:
                 async for delta in self._follow(choice):
                     queue.put_nowait(delta)
                 queue.put_nowait(None)
-            except EngineError as error:
+            except Exception as error:
                 queue.put_nowait(error)
 
         tasks = [asyncio.create_task(run(choice)) for choice in self.choices]
@@ -196,7 +142,7 @@ class Generation:
                 news = await queue.get()
                 if news is None:
                     running -= 1
-                elif isinstance(news, BaseException):
+                elif isinstance(news, Exception):
                     raise news
                 else:
                     yield news

@@ -155,9 +155,7 @@ class InferenceService:
                     cache_salt=body.cache_salt or "",
                     priority=body.priority or 0,
                 )
-                choices.append(
-                    Choice(index, request, model.tokenizer, options, model.info.eos_token_ids)
-                )
+                choices.append(Choice(index, request, options))
         choices.sort(key=lambda choice: choice.index)
         stream = body.stream_options
         answer = Answer(

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import msgspec
 
 from loraplex.engine.api import TokenLogprobs
+from loraplex.engine.stream import TextChunk
 from loraplex.engine.tokenizer import Tokenizer
-from loraplex.platform.generation import Choice, Delta, Generation
+from loraplex.platform.generation import Choice, Generation
 
 encode = msgspec.json.encode
 
@@ -164,7 +165,7 @@ def prompt_logprobs(
 
 
 class Collected:
-    """All deltas of one choice, put together."""
+    """All chunks of one choice, put together."""
 
     def __init__(self, answer: Answer, choice: Choice) -> None:
         self._answer = answer
@@ -173,28 +174,29 @@ class Collected:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] | None = None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._last: Delta | None = None
+        self._last: TextChunk | None = None
 
-    def add(self, delta: Delta) -> None:
-        if delta.prompt_logprobs is not None:
-            self._prompt_logprobs = delta.prompt_logprobs
+    def add(self, chunk: TextChunk) -> None:
+        if chunk.prompt_logprobs is not None:
+            self._prompt_logprobs = chunk.prompt_logprobs
         if not self._answer.discard_output:
-            self._texts.append(delta.text)
-            self._token_ids += delta.token_ids
-            if delta.logprobs is not None:
-                self._logprobs = [*(self._logprobs or ()), *delta.logprobs]
-        self._last = delta
+            self._texts.append(chunk.text)
+            self._token_ids += chunk.token_ids
+            if chunk.logprobs is not None:
+                self._logprobs = [*(self._logprobs or ()), *chunk.logprobs]
+        self._last = chunk
 
     def write(self) -> dict[str, Any]:
         answer, last = self._answer, self._last
         assert last is not None, "a choice without an end"
-        written: dict[str, Any] = {"index": last.index}
+        index = self._choice.index
+        written: dict[str, Any] = {"index": index}
         text = "".join(self._texts)
         if answer.kind == "chat":
-            echo = answer.echo[last.index] if answer.echo else ""
+            echo = answer.echo[index] if answer.echo else ""
             written["message"] = {"role": "assistant", "content": echo + text, "tool_calls": []}
         else:
-            written["text"] = (answer.echo[last.index] if answer.echo else "") + text
+            written["text"] = (answer.echo[index] if answer.echo else "") + text
         written["logprobs"] = self._written_logprobs()
         written["finish_reason"] = "length" if answer.discard_output else last.finish_reason
         written["stop_reason"] = None if answer.discard_output else last.stop_reason
@@ -268,16 +270,15 @@ class StreamWriter:
         self._logprobs = [LogprobWriter(answer) for _ in generation.choices]
         self._begun = [False] * len(generation.choices)
 
-    def chunk(self, delta: Delta) -> bytes:
-        """The events of one delta; a choice's first delta also opens it, its last closes it."""
-        index = delta.index
+    def chunk(self, index: int, chunk: TextChunk) -> bytes:
+        """The events of a choice's next chunk; its first also opens it, its last closes it."""
         opening = b""
         if not self._begun[index]:
             self._begun[index] = True
-            opening = self._opening(delta)
-        if delta.finish_reason is None and delta.logprobs is None and self._simple:
-            return opening + self._before[index] + encode(delta.text) + self._simple_end
-        return opening + self._full(delta)
+            opening = self._opening(index, chunk)
+        if chunk.finish_reason is None and chunk.logprobs is None and self._simple:
+            return opening + self._before[index] + encode(chunk.text) + self._simple_end
+        return opening + self._full(index, chunk)
 
     def last(self) -> bytes:
         """What follows the last choice's end."""
@@ -290,8 +291,8 @@ class StreamWriter:
         }
         return self._head + b"," + encode(fields)[1:] + b"\n\n" + DONE
 
-    def _opening(self, delta: Delta) -> bytes:
-        answer, index = self._answer, delta.index
+    def _opening(self, index: int, chunk: TextChunk) -> bytes:
+        answer = self._answer
         echo = answer.echo[index] if answer.echo else ""
         if answer.kind == "chat":
             fields: dict[str, Any] = {"delta": {"role": "assistant", "content": echo}}
@@ -303,30 +304,28 @@ class StreamWriter:
         request = self._generation.choices[index].request
         if answer.kind == "completion" and request.sampling.logprobs is not None:
             ids = request.prompt_token_ids
-            entries = delta.prompt_logprobs or [None] * len(ids)
+            entries = chunk.prompt_logprobs or [None] * len(ids)
             logprobs = self._logprobs[index].prompt(ids, entries)
         return self._event(index, {**fields, "logprobs": logprobs, "finish_reason": None})
 
-    def _full(self, delta: Delta) -> bytes:
+    def _full(self, index: int, chunk: TextChunk) -> bytes:
         answer = self._answer
-        text = "" if answer.discard_output else delta.text
+        text = "" if answer.discard_output else chunk.text
         fields: dict[str, Any]
         if answer.kind == "chat":
             # OpenAI's last delta is empty; text that came with the end goes into it all the same.
-            fields = {"delta": {"content": text} if text or not delta.finish_reason else {}}
+            fields = {"delta": {"content": text} if text or not chunk.finish_reason else {}}
         else:
             fields = {"text": text}
-        wanted = delta.logprobs is not None and not answer.discard_output
-        fields["logprobs"] = (
-            self._logprobs[delta.index].write(delta.logprobs or []) if wanted else None
-        )
-        fields["finish_reason"] = delta.finish_reason
-        fields["stop_reason"] = delta.stop_reason
+        wanted = chunk.logprobs is not None and not answer.discard_output
+        fields["logprobs"] = self._logprobs[index].write(chunk.logprobs or []) if wanted else None
+        fields["finish_reason"] = chunk.finish_reason
+        fields["stop_reason"] = chunk.stop_reason
         if answer.discard_output:
             fields |= {"finish_reason": "length", "stop_reason": None}
         if answer.with_token_ids:
-            fields["token_ids"] = delta.token_ids
-        return self._event(delta.index, fields, end=delta.finish_reason is not None)
+            fields["token_ids"] = chunk.token_ids
+        return self._event(index, fields, end=chunk.finish_reason is not None)
 
     def _event(self, index: int, fields: dict[str, Any], *, end: bool = False) -> bytes:
         event: dict[str, Any] = {"choices": [{"index": index, **fields}]}

@@ -49,8 +49,8 @@ class GenerationResponse(Response):
         generation = prepared.generation
         collected = [Collected(prepared.answer, choice) for choice in generation.choices]
         async with aclosing(generation.deltas()) as deltas:
-            async for delta in deltas:
-                collected[delta.index].add(delta)
+            async for index, chunk in deltas:
+                collected[index].add(chunk)
         body = encode(whole(prepared.answer, generation, collected))
         await send(self._start(b"application/json", len(body)))
         await send({"type": "http.response.body", "body": body})
@@ -64,12 +64,12 @@ class GenerationResponse(Response):
         running = len(prepared.generation.choices)
         async with aclosing(prepared.generation.deltas()) as deltas:
             try:
-                async for delta in deltas:
+                async for index, chunk in deltas:
                     if not begun:
                         begun = True
                         await send(self._start(b"text/event-stream; charset=utf-8"))
-                    body = writer.chunk(delta)
-                    running -= delta.finish_reason is not None
+                    body = writer.chunk(index, chunk)
+                    running -= chunk.finish_reason is not None
                     if not running:
                         break
                     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -36,7 +36,12 @@ class Runtime:
     usage: UsageMeter
     base_name: str
     model: ServedModel | None = None
-    failure: str | None = None  # why the engine will never be ready
+    start_failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine will not be ready again by itself."""
+        return self.start_failure or self.engine.failure
 
     @property
     def ready(self) -> bool:
@@ -45,7 +50,7 @@ class Runtime:
     def served_model(self) -> ServedModel:
         """Raises: ApiError(model_loading | engine_unavailable), both with Retry-After."""
         if self.failure is not None:
-            raise ApiError("engine_unavailable", f"the model could not be loaded: {self.failure}")
+            raise ApiError("engine_unavailable", f"the engine is down for good: {self.failure}")
         if self.model is None:
             raise ApiError("model_loading", "the model is still loading; GET /readyz tells when")
         if not self.engine.ready:

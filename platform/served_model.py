@@ -27,11 +27,11 @@ class ServedModel:
     created_at: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def from_info(cls, info: ModelInfo, name: str) -> ServedModel:
+    def from_info(cls, info: ModelInfo, tokenizer: Tokenizer, name: str) -> ServedModel:
         return cls(
             name=name,
             info=info,
-            tokenizer=Tokenizer.from_info(info),
+            tokenizer=tokenizer,
             chat_template=ChatTemplate.from_info(info),
             signature=module_signature(info.modules),
         )

@@ -22,7 +22,9 @@ from loraplex.engine.api import (
     SequenceOutput,
     TokenLogprobs,
 )
-from loraplex.engine.errors import AdapterInUse, AdapterUnavailable, EngineDead, EngineError
+from loraplex.engine.errors import AdapterInUse, EngineDead, EngineError
+from loraplex.engine.stream import Stream, TextChunk
+from loraplex.engine.tokenizer import Tokenizer
 
 HIDDEN = 16
 NUM_LAYERS = 2
@@ -117,10 +119,12 @@ class FakeEngine:
 
     def __init__(self, info: ModelInfo | None = None, *, loaded: bool = True) -> None:
         self._info = info or model_info()
+        self._tokenizer = Tokenizer.from_info(self._info)
         self.loaded = asyncio.Event()
         if loaded:
             self.loaded.set()
         self.alive = True
+        self.failure: str | None = None
         self.start_error: Exception | None = None
         self.started = False
         self.stopped = False
@@ -132,6 +136,7 @@ class FakeEngine:
         self.seen: list[GenerationRequest] = []
         self.running: dict[str, GenerationRequest] = {}
         self.cancelled: list[str] = []
+        self.completed: list[str] = []
         self.finished: asyncio.Event = asyncio.Event()
         self.residents: dict[str, AdapterState] = {}
         self.pinned: set[str] = set()
@@ -144,6 +149,10 @@ class FakeEngine:
     @property
     def info(self) -> ModelInfo | None:
         return self._info if self.started else None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._tokenizer if self.started else None
 
     async def start(self) -> None:
         await self.loaded.wait()
@@ -158,7 +167,10 @@ class FakeEngine:
         if not self.ready:
             raise EngineDead("the engine is restarting")
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
+    async def generate(
+        self, request: GenerationRequest, **text: Any
+    ) -> AsyncGenerator[TextChunk, None]:
+        """Tokens become text by the engine client's own `Stream`."""
         self._alive()
         if self.refuse is not None:
             refused, self.refuse = self.refuse, None
@@ -167,47 +179,51 @@ class FakeEngine:
         self.running[request.request_id] = request
         for use in request.adapters:
             self.residents[use.digest] = AdapterState.DEVICE
+        stream = Stream(request, self._tokenizer, **text)
         try:
             async for output in self._tokens(request):
-                yield output
+                stream.feed(output)
+                yield await stream.next()
+                if stream.ended:
+                    break
         finally:
+            if stream.ended and output.finish_reason is not None:
+                self.completed.append(request.request_id)
+            else:
+                self.cancelled.append(request.request_id)
             del self.running[request.request_id]
             self.finished.set()
 
     async def _tokens(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
         sampling = request.sampling
         count = sampling.max_tokens or 128 - len(request.prompt_token_ids)
-        try:
-            for i in range(count):
-                if self.fail_after == i:
-                    raise EngineDead("the engine process died")
-                ends = self.end_after == i and not sampling.ignore_eos
-                token = EOS if ends else self.say[i % len(self.say)]
-                stops = token in sampling.stop_token_ids
-                finish = FinishReason.STOP if ends or stops else None
-                if finish is None and i == count - 1:
-                    finish = FinishReason.LENGTH
-                yield SequenceOutput(
-                    request_id=request.request_id,
-                    token_ids=[token],
-                    logprobs=[_logprobs(token, sampling.logprobs)]
-                    if sampling.logprobs is not None
-                    else None,
-                    prompt_logprobs=_prompt_logprobs(request) if i == 0 else None,
-                    finish_reason=finish,
-                    stop_token_id=token if stops else None,
-                    num_cached_tokens=0 if i == 0 else None,
-                    queue_s=0.001 if i == 0 else None,
-                )
-                if finish is not None:
-                    return
-                if self.hold is not None:
-                    await self.hold.wait()
-                else:
-                    await asyncio.sleep(0)
-        except (GeneratorExit, asyncio.CancelledError):
-            self.cancelled.append(request.request_id)
-            raise
+        for i in range(count):
+            if self.fail_after == i:
+                raise EngineDead("the engine process died")
+            ends = self.end_after == i and not sampling.ignore_eos
+            token = EOS if ends else self.say[i % len(self.say)]
+            stops = token in sampling.stop_token_ids
+            finish = FinishReason.STOP if ends or stops else None
+            if finish is None and i == count - 1:
+                finish = FinishReason.LENGTH
+            yield SequenceOutput(
+                request_id=request.request_id,
+                token_ids=[token],
+                logprobs=[_logprobs(token, sampling.logprobs)]
+                if sampling.logprobs is not None
+                else None,
+                prompt_logprobs=_prompt_logprobs(request) if i == 0 else None,
+                finish_reason=finish,
+                stop_token_id=token if stops else None,
+                num_cached_tokens=0 if i == 0 else None,
+                queue_s=0.001 if i == 0 else None,
+            )
+            if finish is not None:
+                return
+            if self.hold is not None:
+                await self.hold.wait()
+            else:
+                await asyncio.sleep(0)
 
     async def load(self, digest: str, *, wait: bool = True) -> AdapterResidencyInfo:
         self._alive()
@@ -351,9 +367,6 @@ class FakeEngine:
     def _refuse_in_use(self, digest: str) -> None:
         if self._uses(digest):
             raise AdapterInUse(f"{self._uses(digest)} requests run on adapter {digest[:12]}")
-
-    def unavailable(self, digest: str) -> AdapterUnavailable:
-        return AdapterUnavailable(f"adapter {digest[:12]} is gone", code="adapter_not_found")
 
 
 def _logprobs(token: int, top: int | None) -> TokenLogprobs:
