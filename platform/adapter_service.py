@@ -338,6 +338,7 @@ class AdapterService:
     ) -> Freed:
         """Make the engine let go of every content that only the leaving versions have."""
         freed = Freed()
+        timeout_s = drain_timeout_s or 0.0  # none would mean: wait for ever
         digests = {row.digest for row in leaving}
         async with self._db.read() as session:
             kept = await ContentRepository(session).used_elsewhere(
@@ -345,7 +346,7 @@ class AdapterService:
             )
         for digest in digests - kept:
             try:
-                released = await self._engine.forget(digest, force=force, timeout_s=drain_timeout_s)
+                released = await self._engine.forget(digest, force=force, timeout_s=timeout_s)
             except AdapterInUse as error:
                 raise ApiError("adapter_in_use", error.message) from None
             except EngineDead:

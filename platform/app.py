@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from loraplex.adapters.errors import AdapterError, AdapterRefused
 from loraplex.adapters.store import AdapterStore
 from loraplex.engine.client import EngineClient
-from loraplex.engine.errors import EngineError
+from loraplex.engine.errors import EngineError, InvalidRequest
 from loraplex.platform import errors
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
@@ -158,7 +159,12 @@ async def _engine_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, EngineError)
     if error.code == "queue_full":
         request.app.state.runtime.metrics.rejections += 1
-    return _respond(errors.status_of(error), error.code, error.message)
+    # The engine's validation names the field first: "min_tokens=5: must not exceed...".
+    named = (
+        re.match(r"([a-z_]+)(=|:)", error.message) if isinstance(error, InvalidRequest) else None
+    )
+    param = named[1] if named else None
+    return _respond(errors.status_of(error), error.code, error.message, param=param)
 
 
 async def _adapter_error(request: Request, error: Exception) -> Response:

@@ -268,6 +268,7 @@ class FakeEngine:
     ) -> FreedBytes:
         self._alive()
         if not force:
+            assert timeout_s is not None, "the engine would wait for ever"
             self._refuse_in_use(digest)
         self.forgotten.append(digest)
         there = self.residents.pop(digest, None) is not None

@@ -259,13 +259,26 @@ async def test_bodies_too_large(start: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (InvalidRequest("seed 9 is out of reach of this engine"), 400, "invalid_request"),
+        (InvalidRequest("the seed is out of reach of this engine"), 400, "invalid_request"),
         (
             AdapterUnavailable("adapter abc is gone", code="adapter_not_found"),
             404,
             "adapter_not_found",
         ),
-        (AdapterUnavailable("adapter abc is larger than the pool"), 422, "adapter_unavailable"),
+        (AdapterUnavailable("adapter abc cannot be served"), 422, "adapter_unavailable"),
+        *(
+            (AdapterUnavailable("adapter abc cannot be served", code=code), status, code)
+            for status, code in (
+                (404, "adapter_deleted"),
+                (409, "adapter_no_room"),
+                (422, "adapter_too_large"),
+                (422, "base_model_mismatch"),
+                (500, "adapter_corrupt"),
+                (503, "adapter_load_failed"),
+                (503, "adapter_load_timeout"),
+            )
+        ),
+        (AdapterInUse("unpin it first", code="adapter_pinned"), 409, "adapter_pinned"),
         (AdapterInUse("three requests run on it"), 409, "adapter_in_use"),
         (QueueFull("4096 requests wait already"), 429, "queue_full"),
         (EngineDead("the engine is restarting"), 503, "engine_unavailable"),
@@ -283,6 +296,12 @@ async def test_what_the_engine_refuses(
         check(await server.http.post("/v1/completions", json=body), status, code)
         again = await server.http.post("/v1/completions", json=body)
         assert again.status_code == 200
+
+
+async def test_a_field_that_the_engine_refuses_is_named(server: Any) -> None:
+    server.engine.refuse = InvalidRequest("min_tokens=5: must not exceed max_tokens=3")
+    answer = await server.http.post("/v1/completions", json={"prompt": "x"})
+    check(answer, 400, "invalid_request", "min_tokens")
 
 
 async def test_a_stream_that_fails_says_so_and_ends(server: Any) -> None:
