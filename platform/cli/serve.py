@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +19,10 @@ from rich.table import Table
 from typer.main import get_command
 
 from loraplex.engine.api import MemoryInfo
+from loraplex.engine.client import EngineClient
 from loraplex.platform.app import create_app
 from loraplex.platform.cli import output
+from loraplex.platform.cli.loading import LoadingBar
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.settings_flags import build_settings, with_settings_flags
 from loraplex.platform.runtime import Runtime
@@ -74,6 +77,7 @@ def run(settings: Settings, after_ready: AfterReady | None = None) -> None:
     Raises: CliError when the port is taken or the model cannot be served.
     """
     listener = bind(settings.host, settings.port)
+    make_data_dir(settings.data_dir)
     setup_logging(settings.log_level, settings.log_format)
     # Its start and stop lines would break into ours.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -91,7 +95,9 @@ class _Serving:
         self.url = url_of(settings.host, listener.getsockname()[1])
         self.failure: Exception | None = None
         self.quiet = settings.log_format == "json"
-        self.app: FastAPI = create_app(settings, on_engine_failed=self._engine_failed)
+        self.loading = LoadingBar()
+        engine = EngineClient(settings.engine_config(), on_progress=self.loading.update)
+        self.app: FastAPI = create_app(settings, engine, on_engine_failed=self._engine_failed)
         self.server = uvicorn.Server(
             uvicorn.Config(
                 self.app,
@@ -110,13 +116,13 @@ class _Serving:
         guide = asyncio.create_task(self._guide())
         try:
             await self.server.serve(sockets=[self.listener])
+        except SystemExit:  # uvicorn's way of saying that the lifespan failed
+            raise CliError("the server could not start; the log above says why") from None
         finally:
             guide.cancel()
             await asyncio.gather(guide, return_exceptions=True)
         if self.failure is not None:
             raise CliError(str(self.failure)) from self.failure
-        if not self.server.started:
-            raise CliError("the server could not start; the log above says why")
 
     def _engine_failed(self, error: Exception) -> None:
         self.failure = error
@@ -124,7 +130,7 @@ class _Serving:
 
     async def _guide(self) -> None:
         """Wait for the engine, tell the user, then hand over to `after_ready`."""
-        with output.stderr().status(f"loading {self.settings.model}"):
+        with self.loading:
             while not self._ready():
                 await asyncio.sleep(POLL_S)
         await self._announce(self.app.state.runtime)
@@ -198,6 +204,15 @@ def bind(host: str, port: int) -> socket.socket:
             why = f"cannot listen on --host {host} --port {port}: {error.strerror or error}"
         raise CliError(why) from error
     return listener
+
+
+def make_data_dir(path: Path) -> None:
+    """Raises: CliError naming the folder and the way out."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CliError(f"cannot use {path}: {why}; choose another with --data-dir") from error
 
 
 def url_of(host: str, port: int) -> str:

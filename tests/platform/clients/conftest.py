@@ -30,8 +30,8 @@ class Asked:
 
 @dataclass
 class StubServer:
-    """`routes["GET /path"]` is (status, body) or a function of the request that gives it. A body is JSON,
-    bytes, or a list of chunks: those are sent as an event stream, one flush each."""
+    """`routes["GET /path"]` is (status, body) or a function of the request that gives it. A body is
+    JSON, bytes, or a list of chunks: those are sent as an event stream, one flush each."""
 
     url: str = ""
     routes: dict[str, Route] = field(default_factory=dict)

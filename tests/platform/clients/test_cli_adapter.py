@@ -1,4 +1,6 @@
-"""`loraplex adapter ...` against a stub of the API: what is sent, what is printed, how failures end."""
+"""`loraplex adapter ...` against a stub of the API: what is sent, what is printed, how failures
+end.
+"""
 
 from __future__ import annotations
 
