@@ -1,7 +1,7 @@
-"""The words of adapter residency: its states, its sizes, and the protocol of whoever moves the bytes.
+"""The words of adapter residency: states, sizes, and the protocol of whoever moves the bytes.
 
-`slots.py` decides what should be where; a `Loader` moves it. Standard library only, and no import from the engine:
-`AdapterState` has the same values as the wire's enum of that name.
+`slots.py` decides what should be where; a `Loader` moves it. Standard library only, and no import
+from the engine: `AdapterState` has the same values as the wire's enum of that name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class AdapterSize:
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """The end of one `begin_*_load`. `error` says why when not `ok`; `code` is stable and machine-readable."""
+    """The end of one `begin_*_load`. `error` says why when not `ok`; `code` is stable and
+    machine-readable.
+    """
 
     digest: str
     stage: Stage
@@ -49,13 +51,17 @@ class LoadDone:
 
 
 class Loader(Protocol):
-    """Moves adapters between file, host and device. Every call returns at once; only `poll` reports ends.
+    """Moves adapters between file, host and device. Every call returns at once; only `poll`
+    reports ends.
 
-    Called from one thread. At most one load per digest is under way, and nothing is dropped while it loads.
+    Called from one thread. At most one load per digest is under way, and nothing is dropped while
+    it loads.
     """
 
     def describe(self, digest: str) -> AdapterSize:
-        """Raises: AdapterError(code="adapter_not_found" or another reason why it can never be loaded)."""
+        """Raises: AdapterError(code="adapter_not_found" or another reason why it can never be
+        loaded).
+        """
         ...
 
     def begin_host_load(self, digest: str) -> None: ...

@@ -3,19 +3,23 @@
     ABSENT -> HOST_LOADING -> HOST -> DEVICE_LOADING -> DEVICE -> DRAINING -> HOST or ABSENT
     any load that fails -> FAILED -> (after a back-off, or when an operator asks) ABSENT
 
-Three kinds of use keep an adapter: *running* sequences hold it on the device, *waiting* ones want it there (each
-want has a rank: lower goes first), *pins* keep it. Room is bytes, known from the manifest before anything is loaded.
+Three kinds of use keep an adapter: *running* sequences hold it on the device, *waiting* ones want
+it there (each want has a rank: lower goes first), *pins* keep it. Room is bytes, known from the
+manifest before anything is loaded.
 
 The rules, in the order of the queue of wants:
 
 * nothing is evicted that a running sequence, a pin or an equally early or earlier want needs;
-* a load to the host may run ahead of room on the device; it then waits, and its requests with it, for a "slot";
+* a load to the host may run ahead of room on the device; it then waits, and its requests with it,
+  for a "slot";
 * among what may go, the unwanted go before the latest wanted, the longest unused first;
-* a want that waits for room longer than `patience_s` starts to drain unpinned adapters that others keep busy: no new
-  sequence may start on those, so their last running one frees the room. Nobody starves.
+* a want that waits for room longer than `patience_s` starts to drain unpinned adapters that
+  others keep busy: no new sequence may start on those, so their last running one frees the room.
+  Nobody starves.
 
-Host images stay after the copy to the device while `host_bytes_total` allows, so a later load skips the file. One
-image may always exist, else nothing could be loaded at all with a host budget of 0.
+Host images stay after the copy to the device while `host_bytes_total` allows, so a later load
+skips the file. One image may always exist, else nothing could be loaded at all with a host budget
+of 0.
 
 All calls come from one thread. S-LoRA: 2311.03285.
 """
@@ -78,7 +82,8 @@ class WantFailed:
 class AdapterSlots:
     """`device_bytes_total` and `host_bytes_total` bound what the loader holds.
 
-    `on_transition(digest, before, after, seconds spent in before, detail)` is called on every change of state.
+    `on_transition(digest, before, after, seconds spent in before, detail)` is called on every
+    change of state.
     """
 
     def __init__(
@@ -138,8 +143,9 @@ class AdapterSlots:
     def check(self, digests: Iterable[str]) -> None:
         """Refuse at once what can never be resident, together, as things stand.
 
-        Raises: AdapterError with code adapter_not_found (or the loader's reason), adapter_load_failed (it failed
-        lately; the message says when it is tried again), adapter_deleted, adapter_too_large, adapter_no_room.
+        Raises: AdapterError with code adapter_not_found (or the loader's reason),
+        adapter_load_failed (it failed lately; the message says when it is tried again),
+        adapter_deleted, adapter_too_large, adapter_no_room.
         """
         wanted = {digest: self._resident(digest) for digest in digests}
         for resident in wanted.values():
@@ -163,7 +169,9 @@ class AdapterSlots:
         return all(residents[digest].state is AdapterState.DEVICE for digest in digests)
 
     def waits_for_room(self, digests: Iterable[str]) -> bool:
-        """Of adapters that are not ready: is it room on the device ("slot"), not the load, that lacks?"""
+        """Of adapters that are not ready: is it room on the device ("slot"), not the load, that
+        lacks?
+        """
         return any(
             self._residents[digest].state in (AdapterState.HOST, AdapterState.DRAINING)
             for digest in digests
@@ -194,7 +202,9 @@ class AdapterSlots:
             self._enqueue(resident)
 
     def acquire(self, digests: Iterable[str]) -> None:
-        """A sequence starts running on these, which are ready. Each stays until as many `release`s."""
+        """A sequence starts running on these, which are ready. Each stays until as many
+        `release`s.
+        """
         for digest in digests:
             resident = self._residents[digest]
             assert resident.state is AdapterState.DEVICE, f"{digest} is {resident.state}"
@@ -212,7 +222,9 @@ class AdapterSlots:
     # --- the step -------------------------------------------------------------------------------
 
     def advance(self) -> list[WantFailed]:
-        """Take in the loads that ended, begin those that can; returns the wants that failed since the last call."""
+        """Take in the loads that ended, begin those that can; returns the wants that failed since
+        the last call.
+        """
         for done in self._loader.poll():
             self._finish_load(done)
         if self._plan_is_stale or self._clock() >= self._plan_again_at:
@@ -233,9 +245,10 @@ class AdapterSlots:
         pinned_bytes = sum(r.size.device_bytes for r in pinned)
         if pinned_bytes + resident.size.device_bytes > self.device_bytes_total:
             raise AdapterError(
-                f"cannot pin adapter {digest}: its {resident.size.device_bytes} bytes and the {pinned_bytes} bytes "
-                f"of {len(pinned)} pinned adapters exceed the {self.device_bytes_total} bytes of adapter memory; "
-                "unpin one or raise --adapter-memory",
+                f"cannot pin adapter {digest}: its {resident.size.device_bytes} bytes and the "
+                f"{pinned_bytes} bytes of {len(pinned)} pinned adapters exceed the "
+                f"{self.device_bytes_total} bytes of adapter memory; unpin one or raise "
+                "--adapter-memory",
                 code="adapter_no_room",
             )
         resident.pinned = True
@@ -251,9 +264,11 @@ class AdapterSlots:
         return resident
 
     def evict_device(self, digest: str, *, drain: bool) -> int | None:
-        """Free its device pages: the bytes freed, or None = not yet (loading, or draining), ask again later.
+        """Free its device pages: the bytes freed, or None = not yet (loading, or draining), ask
+        again later.
 
-        Raises: AdapterError(code="adapter_in_use" when sequences run on it and not `drain`, "adapter_pinned").
+        Raises: AdapterError(code="adapter_in_use" when sequences run on it and not `drain`,
+        "adapter_pinned").
         """
         resident = self._residents.get(digest)
         if resident is None:
@@ -307,7 +322,9 @@ class AdapterSlots:
             self._failed.append(WantFailed(rank, code, message))
 
     def forget(self, digest: str) -> tuple[int, int] | None:
-        """Free both tiers and drop the books: (device, host) bytes freed, or None = not yet: used or loading."""
+        """Free both tiers and drop the books: (device, host) bytes freed, or None = not yet: used
+        or loading.
+        """
         resident = self._residents.get(digest)
         if resident is None:
             return (0, 0)
@@ -369,8 +386,9 @@ class AdapterSlots:
         pinned_bytes = sum(resident.size.device_bytes for resident in pinned)
         if need + pinned_bytes > self.device_bytes_total:
             return AdapterError(
-                f"adapter {names} needs {need} bytes on the device, but {len(pinned)} pinned adapters hold "
-                f"{pinned_bytes} of {self.device_bytes_total} bytes; unpin one or raise --adapter-memory",
+                f"adapter {names} needs {need} bytes on the device, but {len(pinned)} pinned "
+                f"adapters hold {pinned_bytes} of {self.device_bytes_total} bytes; unpin one or "
+                "raise --adapter-memory",
                 code="adapter_no_room",
             )
         return None
@@ -417,6 +435,8 @@ class AdapterSlots:
         self._plan_again_at = float("inf")
         device_is_open = host_is_open = True
         for rank, digest in list(self._queue):
+            if rank not in self._wants:
+                continue  # failed a moment ago, for another of its adapters
             resident = self._residents[digest]
             if resident.state is AdapterState.HOST and device_is_open:
                 device_is_open = self._begin_device_load(resident, rank)
@@ -450,8 +470,12 @@ class AdapterSlots:
         return True
 
     def _lack_room(self, resident: Resident, rank: Rank) -> None:
-        """Wait a while for room to come by itself, then drain busy adapters for it; fail if pins hold it all."""
-        problem = self._never_fits({digest: self._residents[digest] for digest in self._wants[rank]})
+        """Wait a while for room to come by itself, then drain busy adapters for it; fail if pins
+        hold it all.
+        """
+        problem = self._never_fits(
+            {digest: self._residents[digest] for digest in self._wants[rank]}
+        )
         if problem is not None:
             self.unwant(rank)
             self._failed.append(WantFailed(rank, problem.code, problem.message))
@@ -509,7 +533,9 @@ class AdapterSlots:
         return True
 
     def _make_host_room(self, num_bytes: int, rank: Rank | None) -> bool:
-        """Drop host images until `num_bytes` more fit, or until none is left (one may always exist)."""
+        """Drop host images until `num_bytes` more fit, or until none is left (one may always
+        exist).
+        """
         if self._host_bytes_used + num_bytes <= self.host_bytes_total:
             return True
         leavers = [r for r in self._residents.values() if self._may_leave_host(r, rank)]
@@ -544,32 +570,39 @@ class AdapterSlots:
     def _end_drain(self, resident: Resident) -> None:
         if resident.state is not AdapterState.DRAINING or resident.running:
             return
-        if not resident.evict_after_drain:  # an operator's drain ends in `evict_device`, who reports the bytes
+        if (
+            not resident.evict_after_drain
+        ):  # an operator's drain ends in `evict_device`, who reports the bytes
             self._drop_device(resident, "drained")
 
     def check_invariants(self) -> None:
         """Assert that the books agree with each other. O(adapters): for tests and idle time."""
         residents = self._residents.values()
         device = sum(r.size.device_bytes for r in residents if r.state in _ON_DEVICE)
-        host_images = [r for r in residents if r.has_host_image or r.state is AdapterState.HOST_LOADING]
+        host_images = [
+            r for r in residents if r.has_host_image or r.state is AdapterState.HOST_LOADING
+        ]
         host = sum(r.size.host_bytes for r in host_images)
         assert device == self._device_bytes_used <= self.device_bytes_total, "device bytes"
         assert host == self._host_bytes_used, "host bytes"
-        assert host <= self.host_bytes_total or len(host_images) <= 1, "host bytes exceed the budget"
+        assert host <= self.host_bytes_total or len(host_images) <= 1, (
+            "host bytes exceed the budget"
+        )
         for r in residents:
             if r.running:
-                assert r.state in (AdapterState.DEVICE, AdapterState.DRAINING), f"{r} runs off device"
+                assert r.state in (AdapterState.DEVICE, AdapterState.DRAINING), (
+                    f"{r} runs off device"
+                )
             if r.state in (AdapterState.HOST, AdapterState.DEVICE_LOADING):
                 assert r.has_host_image, f"{r} has no host image"
         wants = sorted((rank, digest) for rank, names in self._wants.items() for digest in names)
-        assert wants == sorted((k, r.digest) for r in residents for k in r.wants), "wants"
-        assert self._queue == sorted(
-            (r.wants[0], r.digest) for r in residents if r.wants and r.state is not AdapterState.DEVICE
-        ), "queue"
+        assert wants == sorted((rank, r.digest) for r in residents for rank in r.wants), "wants"
+        off_device = [r for r in residents if r.wants and r.state is not AdapterState.DEVICE]
+        assert self._queue == sorted((r.wants[0], r.digest) for r in off_device), "queue"
 
 
 def _least_useful_first(resident: Resident) -> tuple[bool, Rank, int]:
-    """Unwanted before wanted; of the wanted the latest first; of equals the longest unused first."""
+    """Unwanted before wanted; of the wanted the latest first; then the longest unused first."""
     if not resident.wants:
         return (False, (0, 0), resident.tick)
     priority, arrival = resident.wants[0]

@@ -1,4 +1,4 @@
-"""Which KV block belongs to whom. Counts references and finds shared prefixes; touches no memory itself.
+"""Which KV block belongs to whom: reference counts and shared prefixes. Touches no memory itself.
 
 A block is in exactly one of three places:
 
@@ -6,15 +6,17 @@ A block is in exactly one of three places:
     cached  nobody holds it, but its contents are findable by hash (LRU, oldest is reused first)
     free    nobody holds it and nothing is known of its contents
 
-Only full blocks are findable and only full blocks are shared, so nobody ever writes to a shared block and no
-copy-on-write exists. The last token of a sequence is never taken from the cache: its logits are needed.
+Only full blocks are findable and only full blocks are shared, so nobody ever writes to a shared
+block and no copy-on-write exists. The last token of a sequence is never taken from the cache: its
+logits are needed.
 
-A full block becomes findable when it is *scheduled*, before it is computed, so that sequences of one step share it.
-This is sound because (1) runners write the K/V of all of a step's tokens before attention reads them, per layer, and
-(2) `free` makes blocks that were never computed unfindable again; a step that fails must free all its sequences.
+A full block becomes findable when it is *scheduled*, before it is computed, so that sequences of
+one step share it. This is sound because (1) runners write the K/V of all of a step's tokens
+before attention reads them, per layer, and (2) `free` makes blocks that were never computed
+unfindable again; a step that fails must free all its sequences.
 
-PagedAttention: 2309.06180. Every operation is O(1) per block, but O(log n) to pick the lowest free one: neighbours
-in a sequence then tend to be neighbours in memory.
+PagedAttention: 2309.06180. Every operation is O(1) per block, but O(log n) to pick the lowest
+free one: neighbours in a sequence then tend to be neighbours in memory.
 """
 
 from __future__ import annotations
@@ -68,9 +70,11 @@ class BlockManager:
     # --- a sequence's life ----------------------------------------------------------------------
 
     def allocate(self, seq: Sequence, *, keep_available: int = 0) -> bool:
-        """Give `seq` blocks for all its tokens, shared ones first; sets its table and computed count.
+        """Give `seq` blocks for all its tokens, shared ones first; sets its table and computed
+        count.
 
-        False, and nothing changes, unless at least `keep_available` blocks stay available afterwards.
+        False, and nothing changes, unless at least `keep_available` blocks stay available
+        afterwards.
         """
         assert not seq.block_table, f"sequence {seq.seq_id} holds blocks already"
         shared = self._find_prefix(seq)
@@ -91,7 +95,9 @@ class BlockManager:
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Extend the table until it holds `num_tokens`. False, and nothing changes, if blocks lack."""
+        """Extend the table until it holds `num_tokens`. False, and nothing changes, if blocks
+        lack.
+        """
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_new > self.num_available_blocks:
             return False
@@ -121,7 +127,9 @@ class BlockManager:
             self._tokens_of[block] = seq.token_ids[index * size : (index + 1) * size]
 
     def free(self, seq: Sequence) -> None:
-        """Take back all blocks. What lies past `num_computed_tokens` was not computed and is forgotten."""
+        """Take back all blocks. What lies past `num_computed_tokens` was not computed and is
+        forgotten.
+        """
         num_computed_blocks = seq.num_computed_tokens // self.block_size
         # Tail first, so that of a chain the end is reused before the beginning it depends on.
         for index in range(len(seq.block_table) - 1, -1, -1):
@@ -179,7 +187,9 @@ class BlockManager:
             del self._tokens_of[block]
 
     def check_invariants(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that the books agree with the tables of all `sequences`. O(blocks): for tests and idle time."""
+        """Assert that the books agree with the tables of all `sequences`. O(blocks): for tests
+        and idle time.
+        """
         holders = Counter(block for seq in sequences for block in seq.block_table)
         assert all(self._ref_counts[b] == holders[b] for b in range(self.num_blocks)), "ref counts"
         free, cached = set(self._free), set(self._cached)

@@ -4,8 +4,9 @@
     hash[0] = H(root,    tokens of block 0)
     hash[i] = H(hash[i - 1], tokens of block i)
 
-So equal hashes mean equal tokens from the very start under the same adapters and weights: two adapters never share
-a block by accident. 128 bits of blake2b; the block manager still compares tokens before it trusts a hit.
+So equal hashes mean equal tokens from the very start under the same adapters and weights: two
+adapters never share a block by accident. 128 bits of blake2b; the block manager still compares
+tokens before it trusts a hit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ _DIGEST_BYTES = 16
 
 
 def root_hash(composition: tuple[tuple[str, float], ...], cache_salt: str) -> bytes:
-    """The first link. `composition` is canonical (`Sequence.composition`): order has no say, weights have."""
+    """The first link. `composition` is canonical (`Sequence.composition`): order has no say,
+    weights have.
+    """
     link = blake2b(digest_size=_DIGEST_BYTES)
     salt = cache_salt.encode()
     link.update(struct.pack("<q", len(salt)) + salt)
@@ -30,8 +33,8 @@ def root_hash(composition: tuple[tuple[str, float], ...], cache_salt: str) -> by
 
 
 def block_hashes(seq: Sequence, num_blocks: int, block_size: int) -> list[bytes]:
-    """Hashes of at least the first `num_blocks` full blocks of `seq`; kept in the sequence and only ever extended,
-    for tokens are only ever appended."""
+    """Hashes of at least the first `num_blocks` full blocks of `seq`; kept in the sequence and
+    only ever extended, for tokens are only ever appended."""
     hashes = seq.block_hashes
     if len(hashes) >= num_blocks:
         return hashes

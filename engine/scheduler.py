@@ -1,23 +1,28 @@
-"""Which sequences run in the next step, and how many tokens of each. No tensors, no clocks but the caller's.
+"""Which sequences run in the next step, and how many tokens of each. No tensors, no clock.
 
-A step spends `max_num_batched_tokens` so that every sequence's computed tokens catch up with its tokens: decode,
-chunked prefill, prefix hits and recompute after preemption are one case (Sarathi-Serve: 2403.02310).
+A step spends `max_num_batched_tokens` so that every sequence's computed tokens catch up with its
+tokens: decode, chunked prefill, prefix hits and recompute after preemption are one case
+(Sarathi-Serve: 2403.02310).
 
-Order is `Sequence.order` everywhere: priority, then arrival. Running sequences go first, and each decode among them
-is sure of its token; the rest of the budget goes to running prefills, then to waiting sequences.
+Order is `Sequence.order` everywhere: priority, then arrival. Running sequences go first, and each
+decode among them is sure of its token; the rest of the budget goes to running prefills, then to
+waiting sequences.
 
-* A waiting sequence gets blocks for all its tokens at once when it is admitted, so only decodes can lack a block.
-* If one does, the last sequence in order is preempted: it gives everything back and waits, to be recomputed. The
-  first in order can thus always go on, and since no request may need more blocks than there are, all of them end.
-  Nothing is admitted in such a step, and a few blocks stay unallocated at admission, against thrashing.
-* A waiting sequence whose adapters are not on the device is passed over and blocks nobody. One that lacks blocks
-  blocks all behind it, else a long prompt would wait forever behind short ones.
+* A waiting sequence gets blocks for all its tokens at once when it is admitted, so only decodes
+  can lack a block.
+* If one does, the last sequence in order is preempted: it gives everything back and waits, to be
+  recomputed. The first in order can thus always go on, and since no request may need more blocks
+  than there are, all of them end. Nothing is admitted in such a step, and a few blocks stay
+  unallocated at admission, against thrashing.
+* A waiting sequence whose adapters are not on the device is passed over and blocks nobody. One
+  that lacks blocks blocks all behind it, else a long prompt would wait forever behind short ones.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from loraplex.engine.block_manager import BlockManager
@@ -40,7 +45,9 @@ class Residency(Protocol):
 
 
 class Scheduler:
-    """Owns the waiting and running sets. Between `schedule` and `advance` nothing may be added or removed."""
+    """Owns the waiting and running sets. Between `schedule` and `advance` nothing may be added or
+    removed.
+    """
 
     def __init__(
         self,
@@ -69,13 +76,14 @@ class Scheduler:
         """Raises: QueueFull; InvalidRequest if the prompt can never be held."""
         if len(self.waiting) >= self._max_num_waiting:
             raise QueueFull(
-                f"{len(self.waiting)} requests wait already, the limit (max_num_waiting); try again later"
+                f"{len(self.waiting)} requests wait already, the limit (max_num_waiting); "
+                "try again later"
             )
         capacity = self._blocks.num_blocks * self._blocks.block_size
         if num_prompt_tokens + 1 > capacity:
             raise InvalidRequest(
-                f"the prompt has {num_prompt_tokens} tokens and with one output token exceeds the KV cache of "
-                f"{capacity} tokens; shorten it or raise --kv-cache-memory",
+                f"the prompt has {num_prompt_tokens} tokens and with one output token exceeds the "
+                f"KV cache of {capacity} tokens; shorten it or raise --kv-cache-memory",
                 code="context_length_exceeded",
             )
 
@@ -113,7 +121,9 @@ class Scheduler:
         else:
             budget = self._schedule_waiting(chosen, budget)
         chosen.sort(key=_batch_order)
-        released, self._released_seq_ids = self._released_seq_ids, []
+        released = self._released_seq_ids
+        if chosen:  # an empty schedule is not launched, so nobody would hear of them
+            self._released_seq_ids = []
         return Schedule(
             scheduled=chosen,
             num_decodes=sum(item.is_decode for item in chosen),
@@ -126,9 +136,7 @@ class Scheduler:
         for item in schedule.scheduled:
             item.seq.num_computed_tokens += item.num_tokens
 
-    def _schedule_running(
-        self, chosen: list[ScheduledSequence], budget: int
-    ) -> tuple[int, bool]:
+    def _schedule_running(self, chosen: list[ScheduledSequence], budget: int) -> tuple[int, bool]:
         """Returns the budget left and whether blocks ran out."""
         lacks_blocks = False
         num_decodes_to_come = sum(seq.num_uncomputed_tokens == 1 for seq in self.running)
@@ -175,9 +183,7 @@ class Scheduler:
             budget -= self._choose(chosen, seq, min(seq.num_uncomputed_tokens, budget))
         return budget
 
-    def _choose(
-        self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int
-    ) -> int:
+    def _choose(self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
         start = seq.num_computed_tokens
         self._blocks.publish(seq, start + num_tokens)
         samples = start + num_tokens == seq.num_tokens

@@ -1,7 +1,9 @@
-"""What the engine's loop asks of whoever runs the model, and what passes between the two. No torch.
+"""What the engine's loop asks of whoever runs the model, and what passes between the two. No
+torch.
 
-The scheduler writes a `Schedule`, the runner turns it into one forward pass, the engine reads back one `StepSample`
-per scheduled sequence. `launch` and `collect` are separate so that the CPU can prepare step n + 1 while a GPU runs n.
+The scheduler writes a `Schedule`, the runner turns it into one forward pass, the engine reads
+back one `StepSample` per scheduled sequence. `launch` and `collect` are separate so that the CPU
+can prepare step n + 1 while a GPU runs n.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from loraplex.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens `seq.token_ids[start : start + num_tokens]` run in this step; their blocks are in `seq.block_table`.
+    """Tokens `seq.token_ids[start : start + num_tokens]` run in this step; their blocks are in
+    `seq.block_table`.
 
     `samples`: the run reaches the last token, so its logits choose the next one.
     """
@@ -31,7 +34,8 @@ class ScheduledSequence:
 
     @property
     def num_prompt_logprobs(self) -> int:
-        """How many prompt log-probabilities this run owes: one per row whose next token is in the prompt.
+        """How many prompt log-probabilities this run owes: one per row whose next token is in the
+        prompt.
 
         Row i (token `start + i`) gives the entry of prompt token `start + i + 1`.
         """
@@ -44,7 +48,9 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. Decodes come first; inside decodes and inside the rest equal compositions are neighbours."""
+    """One step. Decodes come first; inside decodes and inside the rest equal compositions are
+    neighbours.
+    """
 
     scheduled: list[ScheduledSequence]
     num_decodes: int
@@ -54,7 +60,9 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """What one scheduled sequence got from the step. `token_id` is None exactly when it did not sample."""
+    """What one scheduled sequence got from the step. `token_id` is None exactly when it did not
+    sample.
+    """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None  # of `token_id`, when the request asks for it
@@ -65,10 +73,12 @@ class StepSample:
 
 class Runner(Protocol):
     def launch(self, schedule: Schedule) -> Any:
-        """Start the step; `schedule.scheduled` is not empty. The handle goes to `collect`, once, in launch order.
+        """Start the step; `schedule.scheduled` is not empty. The handle goes to `collect`, once,
+        in launch order.
 
-        Invariant the prefix cache rests on: within a layer the K and V of *all* the step's tokens are written before
-        any attention of that layer reads, since a sequence may share full blocks that another fills in this same step.
+        Invariant the prefix cache rests on: within a layer the K and V of *all* the step's tokens
+        are written before any attention of that layer reads, since a sequence may share full
+        blocks that another fills in this same step.
         """
         ...
 

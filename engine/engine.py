@@ -1,0 +1,391 @@
+"""The engine: takes requests in, runs steps, hands outputs back. Synchronous, one thread, no
+torch.
+
+    step:  take in loads -> orders -> schedule -> launch -> collect -> update -> outputs
+
+It is put together from ready parts (`engine/build.py`), so it runs the same in a process of its
+own, in a notebook and in a test with fakes. It knows tokens, never text. Every accepted request
+ends in exactly one terminal output, whatever happens to the step, the adapter or the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.residency import AdapterState
+from loraplex.adapters.slots import AdapterSlots, Rank
+from loraplex.engine import api
+from loraplex.engine.api import ErrorInfo, FinishReason, SequenceOutput
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidRequest
+from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.seams import Runner, Schedule, StepSample
+from loraplex.engine.sequence import Sequence
+from loraplex.engine.validation import validate_request
+
+logger = logging.getLogger(__name__)
+
+News = api.Answer | api.AdapterEvent
+
+
+class Engine:
+    """All methods but `wake` and `idle_wait` belong to one thread.
+
+    `memory` gives the bytes that do not change, and those of the machine; the engine fills in
+    what is used. `on_news` is called, during `call` and `step`, with answers to calls and changes
+    of residency.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: api.ModelInfo,
+        runner: Runner,
+        slots: AdapterSlots,
+        blocks: BlockManager,
+        memory: Callable[[], api.MemoryInfo],
+        *,
+        on_news: Callable[[News], None] = lambda news: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.on_news = on_news
+        self._runner = runner
+        self._slots = slots
+        self._blocks = blocks
+        self._memory = memory
+        self._clock = clock
+        self._wake = threading.Event()
+        self._scheduler = Scheduler(
+            blocks,
+            slots,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_waiting=config.max_num_waiting,
+        )
+        self._max_model_len = min(model.max_model_len, blocks.num_blocks * blocks.block_size)
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._sequences: dict[str, Sequence] = {}  # every live one by request id
+        self._by_rank: dict[Rank, Sequence] = {}
+        self._outputs: list[SequenceOutput] = []
+        self._num_ranks = 0
+        self._ran = False  # the last step had something to run
+        self._num_steps = 0
+        self._num_step_tokens = 0
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._orders = Orders(self, slots, self._tell, clock)
+        slots.on_transition = self._on_transition
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def add(self, request: api.GenerationRequest) -> None:
+        """Accept a request: from now on it ends in exactly one terminal output.
+
+        Raises: InvalidRequest, AdapterUnavailable, QueueFull; then nothing has changed.
+        """
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request_id {request.request_id!r} is in use by a live request")
+        validate_request(request, self.model, self._max_model_len)
+        self._scheduler.check(len(request.prompt_token_ids))
+        seed = request.sampling.seed
+        seq = Sequence.from_request(
+            request,
+            seq_id=self._num_ranks,
+            arrival_time=self._clock(),
+            max_model_len=self._max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            seed=secrets.randbits(63) if seed is None else seed,
+        )
+        try:
+            self._slots.check(seq.digests)
+        except AdapterError as error:
+            raise engine_error(error) from error
+        self._num_ranks += 1
+        self._sequences[seq.request_id] = self._by_rank[seq.order] = seq
+        self._scheduler.add(seq)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; its blocks and adapters are free on return, its last output comes with
+        the next step.
+
+        False when there is no such live request (it may just have ended).
+        """
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq, SequenceOutput(request_id=request_id, finish_reason=FinishReason.ABORT))
+        return True
+
+    @property
+    def ran_last_step(self) -> bool:
+        """The last step had something to run, so the next one may have, too."""
+        return self._ran
+
+    @property
+    def is_loading(self) -> bool:
+        """An adapter is on its way; the step after its arrival takes it in."""
+        return self._slots.is_loading
+
+    def has_work(self) -> bool:
+        """There is a reason to call `step`."""
+        return bool(self._sequences or self._outputs or len(self._orders) or self._slots.is_loading)
+
+    # --- the step -------------------------------------------------------------------------------
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step and return its news. Never waits for a load: without anything to run it
+        returns at once.
+        """
+        self._wake.clear()
+        self._take_in_loads()
+        self._orders.poll()
+        schedule = self._scheduler.schedule()
+        self._ran = bool(schedule.scheduled)
+        if self._ran:
+            self._note_first_scheduled(schedule)
+            try:
+                samples = self._runner.collect(self._runner.launch(schedule))
+                assert len(samples) == len(schedule.scheduled), "one sample per sequence"
+            except Exception as error:
+                self._fail_step(schedule, error)
+            else:
+                self._update(schedule, samples)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def idle_wait(self, timeout_s: float) -> None:
+        """After a step that had nothing to run: sleep until `wake`, at most `timeout_s`. Else
+        return at once.
+        """
+        if not self._ran and not self._outputs:
+            self._wake.wait(timeout_s)
+
+    def wake(self) -> None:
+        """End an `idle_wait`, now or to come before the next step: something arrived. From any
+        thread.
+        """
+        self._wake.set()
+
+    def _take_in_loads(self) -> None:
+        for failed in self._slots.advance():
+            seq = self._by_rank.get(failed.rank)
+            if seq is None:
+                self._orders.want_failed(failed)
+                continue
+            self._fail(seq, error_info(AdapterUnavailable(failed.message, code=failed.code)))
+
+    def _note_first_scheduled(self, schedule: Schedule) -> None:
+        for item in schedule.scheduled:
+            seq = item.seq
+            if seq.first_scheduled_time is None:
+                seq.first_scheduled_time = self._clock()
+                seq.num_cached_tokens = item.start
+                self._num_prompt_tokens += seq.num_prompt_tokens
+
+    def _update(self, schedule: Schedule, samples: list[StepSample]) -> None:
+        self._scheduler.advance(schedule)
+        self._num_steps += 1
+        self._num_step_tokens += schedule.num_tokens
+        for item, sample in zip(schedule.scheduled, samples, strict=True):
+            seq = item.seq
+            if sample.prompt_logprobs is not None:
+                seq.prompt_logprobs.extend(sample.prompt_logprobs)
+            if item.samples:
+                assert sample.token_id is not None, f"sequence {seq.seq_id} got no token"
+                self._append(seq, sample.token_id, sample)
+
+    def _append(self, seq: Sequence, token_id: int, sample: StepSample) -> None:
+        is_first = seq.num_output_tokens == 0
+        prompt_logprobs = None
+        if seq.wants_prompt_logprobs:
+            prompt_logprobs = [None, *seq.prompt_logprobs]
+            seq.prompt_logprobs.clear()
+        reason, stop_token_id = _finish(seq, token_id)
+        seq.token_ids.append(token_id)
+        self._num_generation_tokens += 1
+        assert seq.first_scheduled_time is not None
+        output = SequenceOutput(
+            request_id=seq.request_id,
+            token_ids=[token_id],
+            logprobs=None if sample.logprobs is None else [sample.logprobs],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=seq.num_cached_tokens if is_first else None,
+            queue_s=seq.first_scheduled_time - seq.arrival_time if is_first else None,
+        )
+        if reason is None:
+            self._outputs.append(output)
+        else:
+            self._end(seq, output)
+
+    def _fail_step(self, schedule: Schedule, error: Exception) -> None:
+        """What the step would have computed is unknown now, so all its sequences end."""
+        logger.error(
+            "step_failed sequences=%d tokens=%d",
+            len(schedule.scheduled),
+            schedule.num_tokens,
+            exc_info=error,
+        )
+        info = ErrorInfo(
+            "step_failed",
+            f"the model run of this request failed: {type(error).__name__}: {error}",
+            EngineError.code,
+        )
+        for item in schedule.scheduled:
+            self._fail(item.seq, info)
+
+    def _fail(self, seq: Sequence, error: ErrorInfo) -> None:
+        self._end(
+            seq,
+            SequenceOutput(
+                request_id=seq.request_id, finish_reason=FinishReason.ERROR, error=error
+            ),
+        )
+
+    def _end(self, seq: Sequence, output: SequenceOutput) -> None:
+        """The only way out of the engine."""
+        self._scheduler.remove(seq)
+        del self._sequences[seq.request_id]
+        del self._by_rank[seq.order]
+        seq.finish_reason = output.finish_reason
+        self._outputs.append(output)
+
+    # --- questions and orders -------------------------------------------------------------------
+
+    def call(self, call: api.Call) -> None:
+        """Take a question or an order; its `Answer` goes to `on_news`, at once or between later
+        steps.
+        """
+        self._orders.take(call)
+
+    def adapters(self) -> list[api.AdapterResidencyInfo]:
+        return [residency_info(self._slots, r) for r in self._slots.residents()]
+
+    def requests(self) -> list[api.RequestInfo]:
+        now = self._clock()
+        return [
+            api.RequestInfo(
+                request_id=seq.request_id,
+                state=seq.status.value,
+                waiting_reason=self._scheduler.waiting_reason(seq),
+                digests=list(seq.digests),
+                prompt_tokens=seq.num_prompt_tokens,
+                output_tokens=seq.num_output_tokens,
+                age_s=now - seq.arrival_time,
+            )
+            for seq in self._sequences.values()
+        ]
+
+    def memory(self) -> api.MemoryInfo:
+        return msgspec.structs.replace(
+            self._memory(),
+            kv_blocks_total=self._blocks.num_blocks,
+            kv_blocks_used=self._blocks.num_used_blocks,
+            kv_blocks_cached=self._blocks.num_cached_blocks,
+            block_size=self._blocks.block_size,
+            adapter_bytes_total=self._slots.device_bytes_total,
+            adapter_bytes_used=self._slots.device_bytes_used,
+            host_adapter_bytes_total=self._slots.host_bytes_total,
+            host_adapter_bytes_used=self._slots.host_bytes_used,
+        )
+
+    def stats(self) -> api.EngineStats:
+        scheduler, slots = self._scheduler, self._slots
+        reasons = Counter(
+            reason.value
+            for seq in scheduler.waiting
+            if (reason := scheduler.waiting_reason(seq)) is not None
+        )
+        residents = slots.residents()
+        on_device = (AdapterState.DEVICE, AdapterState.DRAINING)
+        return api.EngineStats(
+            time=time.time(),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            waiting_by_reason=dict(reasons),
+            running_digests=sorted({d for seq in scheduler.running for d in seq.digests}),
+            waiting_digests=sorted({d for seq in scheduler.waiting for d in seq.digests}),
+            kv_cache_usage=self._blocks.num_used_blocks / self._blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=self._blocks.num_queried_tokens,
+            prefix_cache_hits=self._blocks.num_hit_tokens,
+            prompt_tokens=self._num_prompt_tokens,
+            generation_tokens=self._num_generation_tokens,
+            steps=self._num_steps,
+            step_tokens=self._num_step_tokens,
+            adapter_loads=slots.num_loads,
+            adapter_evictions=slots.num_evictions,
+            adapter_load_seconds=slots.load_seconds,
+            adapters_on_device=sum(r.state in on_device for r in residents),
+            adapters_on_host=sum(r.has_host_image for r in residents),
+            adapter_bytes_used=slots.device_bytes_used,
+            adapter_bytes_total=slots.device_bytes_total,
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        self._blocks.reset_prefix_cache()
+        return True
+
+    def next_rank(self) -> Rank:
+        """A place in the queue of adapter loads for somebody who is not a request."""
+        self._num_ranks += 1
+        return (0, self._num_ranks - 1)
+
+    def fail_users(self, digest: str, error: ErrorInfo) -> None:
+        """End every request that uses the adapter."""
+        for seq in [seq for seq in self._sequences.values() if digest in seq.digests]:
+            self._fail(seq, error)
+
+    def check_invariants(self) -> None:
+        """Assert that all books agree. For tests and idle time."""
+        scheduler = self._scheduler
+        scheduler.check_invariants()
+        self._slots.check_invariants()
+        live = {id(seq) for seq in (*scheduler.running, *scheduler.waiting)}
+        assert live == {id(seq) for seq in self._sequences.values()}, "a live sequence is lost"
+        assert live == {id(seq) for seq in self._by_rank.values()}, "ranks"
+        running = Counter(d for seq in scheduler.running for d in seq.digests)
+        assert running == Counter(
+            {r.digest: r.running for r in self._slots.residents() if r.running}
+        )
+
+    def _tell(self, news: News) -> None:
+        self.on_news(news)
+
+    def _on_transition(
+        self, digest: str, before: AdapterState, after: AdapterState, seconds: float, detail: str
+    ) -> None:
+        self.on_news(
+            api.AdapterEvent(
+                digest=digest,
+                before=api.AdapterState(before.value),
+                after=api.AdapterState(after.value),
+                seconds=seconds,
+                time=time.time(),
+                detail=detail,
+            )
+        )
+
+
+def _finish(seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
+    """Does this token, about to be appended, end the sequence? With the stop token, if one did."""
+    if seq.num_output_tokens >= seq.sampling.min_tokens:
+        if token_id in seq.eos_token_ids:
+            return FinishReason.STOP, None
+        if token_id in seq.sampling.stop_token_ids:
+            return FinishReason.STOP, token_id
+    if seq.num_tokens + 1 >= seq.max_num_tokens:
+        return FinishReason.LENGTH, None
+    return None, None
