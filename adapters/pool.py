@@ -51,7 +51,7 @@ class PageLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageImage:
-    """An adapter in the pool's own byte layout, on the host: installing it is a few large copies."""
+    """An adapter in the byte layout of the pool, on the host: installing it is a few copies."""
 
     layout: PageLayout
     data: Tensor  # [num_elements] model dtype
@@ -232,6 +232,10 @@ class PagePool:
         """Published, that is: usable by kernels."""
         resident = self._residents.get(digest)
         return resident is not None and resident.published
+
+    def holds(self, digest: str) -> bool:
+        """It has frames, whether published or still being copied."""
+        return digest in self._residents
 
     def pages(self, digest: str) -> list[int]:
         resident = self._residents[digest]

@@ -132,3 +132,27 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dic
         return made[model]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def store_adapters() -> Callable[[Path, Path, dict[str, Path]], dict[str, str]]:
+    """`store_adapters(store root, model directory, {name: folder}) -> {name: digest}`."""
+    import shutil
+
+    from loraplex.adapters.intake import inspect
+    from loraplex.adapters.store import AdapterStore
+    from loraplex.engine.model_config import read_model_config
+
+    def put(root: Path, model: Path, adapters: dict[str, Path]) -> dict[str, str]:
+        store, modules = AdapterStore(root), read_model_config(model).modules()
+        digests = {}
+        for name, folder in adapters.items():
+            with store.staging() as staging:
+                for file in ("adapter_config.json", "adapter_model.safetensors"):
+                    shutil.copy(folder / file, staging.path / file)
+                manifest = inspect(staging.path, modules)
+                store.commit(staging, manifest)
+            digests[name] = manifest.digest
+        return digests
+
+    return put

@@ -1,0 +1,153 @@
+"""Moves adapters from file to host image to device pages, off the step loop.
+
+Implements `adapters.residency.Loader` with one background thread. The thread reads files, builds
+images and copies bytes into frames that nobody reads yet; the page tables, which kernels do read,
+change only in `poll` and `drop_device`, on the engine's thread between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.pool import PageImage, PageLayout, PagePool
+from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
+from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.weights import load_weights, locate
+from loraplex.engine.api import ModuleShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    digest: str
+    stage: Stage
+    run: Callable[[], None]
+    started: float
+
+
+class AdapterLoader:
+    """store_root: the content-addressed store. modules: what adapters of this model may target."""
+
+    def __init__(self, store_root: Path, pool: PagePool, modules: Sequence[ModuleShape]) -> None:
+        self.on_done: Callable[[], None] = lambda: None  # called in the loader's thread
+        self._store = AdapterStore(store_root)
+        self._pool = pool
+        self._modules = tuple(modules)
+        self._layouts: dict[str, PageLayout] = {}
+        self._images: dict[str, PageImage] = {}
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[LoadDone] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
+        self._ready = threading.Event()
+        # One thread computes for the loader, however many do for the steps. torch keeps the number
+        # per thread, but also as the default of threads to come: hence set there, then back here.
+        num_threads = torch.get_num_threads()
+        self._thread.start()
+        self._ready.wait()
+        torch.set_num_threads(num_threads)
+
+    def close(self) -> None:
+        """Stop after the load under way."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def describe(self, digest: str) -> AdapterSize:
+        manifest = self._store.manifest(digest)
+        mismatches = manifest.mismatches(self._modules)
+        if mismatches:
+            raise AdapterError(
+                f"adapter {digest[:12]} was made for another base model: {mismatches[0].message}",
+                code=mismatches[0].code,
+            )
+        ranks = {}
+        for module in manifest.modules:
+            key = locate(module.path)
+            assert key is not None, f"{module.path} is a module of the model, but has no column"
+            ranks[key] = module.rank
+        layout = self._layouts[digest] = self._pool.layout(ranks)
+        size = AdapterSize(
+            rank=manifest.rank,
+            pages=layout.num_pages,
+            device_bytes=self._pool.device_bytes(layout),
+            host_bytes=self._pool.host_bytes(layout),
+        )
+        if size.device_bytes > self._pool.bytes_total:
+            raise AdapterError(
+                f"adapter {digest[:12]} (rank {size.rank}) takes {size.device_bytes:,} bytes of "
+                f"adapter memory, there are {self._pool.bytes_total:,}; raise --adapter-memory",
+                code="adapter_too_large",
+            )
+        return size
+
+    def begin_host_load(self, digest: str) -> None:
+        def load() -> None:
+            loaded = load_weights(self._store.path(digest), self._pool.dtype)
+            self._images[digest] = self._pool.build_image(loaded)
+
+        self._jobs.put(_Job(digest, Stage.HOST, load, time.perf_counter()))
+
+    def begin_device_load(self, digest: str) -> None:
+        image, started = self._images[digest], time.perf_counter()
+        try:
+            self._pool.reserve(digest, image.layout)
+        except AdapterError as error:
+            self._done.put(_failed(digest, Stage.DEVICE, started, error))
+            return
+        self._jobs.put(_Job(digest, Stage.DEVICE, lambda: self._pool.copy(digest, image), started))
+
+    def drop_device(self, digest: str) -> int:
+        return self._pool.remove(digest)
+
+    def drop_host(self, digest: str) -> int:
+        return self._images.pop(digest).nbytes
+
+    def poll(self) -> list[LoadDone]:
+        ended: list[LoadDone] = []
+        while True:
+            try:
+                done = self._done.get_nowait()
+            except queue.Empty:
+                return ended
+            if done.stage is Stage.DEVICE and done.ok:
+                self._pool.publish(done.digest, self._images[done.digest])
+            elif done.stage is Stage.DEVICE and self._pool.holds(done.digest):
+                self._pool.remove(done.digest)
+            ended.append(done)
+
+    def _work(self) -> None:
+        torch.get_num_threads()  # makes torch settle this thread's number before we change it
+        torch.set_num_threads(1)
+        self._ready.set()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.run()
+            except Exception as error:
+                if not isinstance(error, AdapterError):
+                    logger.exception("loading adapter %s failed", job.digest[:12])
+                self._done.put(_failed(job.digest, job.stage, job.started, error))
+            else:
+                seconds = time.perf_counter() - job.started
+                self._done.put(LoadDone(job.digest, job.stage, True, seconds))
+            self.on_done()
+
+
+def _failed(digest: str, stage: Stage, started: float, error: Exception) -> LoadDone:
+    known = isinstance(error, AdapterError)
+    return LoadDone(
+        digest=digest,
+        stage=stage,
+        ok=False,
+        seconds=time.perf_counter() - started,
+        error=str(error) if known else f"{type(error).__name__}: {error}",
+        code=error.code if isinstance(error, AdapterError) else "adapter_load_failed",
+    )

@@ -1,0 +1,172 @@
+"""Puts an engine together from its settings: the only place that knows all the parts.
+
+directory -> config -> memory plan -> weights -> KV cache, page pool -> runner, loader -> Engine
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.pool import PagePool
+from loraplex.adapters.slots import AdapterSlots
+from loraplex.engine.adapter_loader import AdapterLoader
+from loraplex.engine.api import MemoryInfo
+from loraplex.engine.batch import BatchBuilder
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
+from loraplex.engine.errors import ModelError
+from loraplex.engine.hosted import HostedEngine
+from loraplex.engine.loader import Checkpoint, choose_dtype, find_model
+from loraplex.engine.machine import available_cpus, device_memory
+from loraplex.engine.memory import MemoryPlan, plan_memory, size
+from loraplex.engine.model import Decoder, load_decoder
+from loraplex.engine.model_config import DecoderConfig, read_model_config
+from loraplex.engine.model_info import describe_model
+from loraplex.engine.model_runner import ModelRunner
+from loraplex.engine.sampling import Sampler
+from loraplex.kernels.ops import KVCache, Ops
+from loraplex.kernels.select import select_ops
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def build_engine(
+    config: EngineConfig, on_progress: OnProgress = lambda phase, done, total: None
+) -> HostedEngine:
+    """Load the model and make everything ready to serve.
+
+    on_progress: called with (phase, steps done, steps in all).
+
+    Raises: ModelError when this model, or this size of it, cannot be served here.
+    """
+    torch.set_num_threads(config.num_threads or available_cpus())
+    on_progress("model", 0, 1)
+    directory = find_model(config.model)
+    model = read_model_config(directory)
+    device = _choose_device(config.device)
+    dtype = choose_dtype(config.dtype, model.dtype, device)
+    on_progress("model", 1, 1)
+
+    on_progress("kernels", 0, 1)
+    try:
+        ops = select_ops(config.backend, device, dtype)
+    except ValueError as error:
+        raise ModelError(str(error), code="backend_unavailable") from error
+    on_progress("kernels", 1, 1)
+
+    memory = device_memory(device)
+    plan = plan_memory(config, model, dtype, device, memory)
+    for purpose, num_bytes in plan.table():
+        logger.info("memory %-22s %10s", purpose, size(num_bytes))
+    info = describe_model(
+        config.model,
+        directory,
+        model,
+        dtype=dtype,
+        device=device,
+        backend=ops.name,
+        max_model_len=plan.max_model_len,
+    )
+    with Checkpoint(directory) as checkpoint:
+        decoder = load_decoder(
+            model,
+            checkpoint,
+            ops,
+            dtype,
+            device,
+            lambda done, total: on_progress("weights", done, total),
+        )
+    try:
+        pool = PagePool(model.num_layers, model.module_shapes, plan.adapter_bytes, dtype, device)
+    except AdapterError as error:
+        raise ModelError(error.message, code="adapter_memory_too_small") from error
+    kv_cache = _make_kv_cache(config, model, ops, plan, dtype, device)
+    batches = BatchBuilder(
+        pool,
+        config.block_size,
+        config.max_num_seqs,
+        -(-plan.max_model_len // config.block_size),
+        device,
+    )
+    runner = ModelRunner(decoder, kv_cache, batches, Sampler(model.vocab_size, device))
+    loader = AdapterLoader(config.adapter_dir, pool, info.modules)
+    slots = AdapterSlots(
+        loader,
+        device_bytes_total=pool.bytes_total,
+        host_bytes_total=plan.host_adapter_bytes,
+    )
+    blocks = BlockManager(
+        plan.num_kv_blocks, config.block_size, enable_prefix_cache=config.enable_prefix_cache
+    )
+    still = _memory_info(config, plan, decoder, kv_cache, pool)
+
+    def memory_now() -> MemoryInfo:
+        return msgspec.structs.replace(still, device_bytes_free=device_memory(device).free)
+
+    engine = Engine(config, info, runner, slots, blocks, memory_now)
+    loader.on_done = engine.wake
+    return HostedEngine(engine, loader.close)
+
+
+def _choose_device(wanted: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise ModelError(
+            "device 'cuda': torch finds no CUDA device; use --device cpu", code="no_device"
+        )
+    return torch.device("cuda:0" if has_cuda and wanted != "cpu" else "cpu")
+
+
+def _make_kv_cache(
+    config: EngineConfig,
+    model: DecoderConfig,
+    ops: Ops,
+    plan: MemoryPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    try:
+        return ops.kv_cache(
+            model.num_layers,
+            plan.num_kv_blocks,
+            config.block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            dtype,
+            device,
+        )
+    except (ValueError, RuntimeError) as error:  # a shape the backend lacks, or no memory
+        raise ModelError(
+            f"no KV cache of {size(plan.kv_cache_bytes)}: {error}", code="kv_cache_unavailable"
+        ) from error
+
+
+def _memory_info(
+    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, kv_cache: KVCache, pool: PagePool
+) -> MemoryInfo:
+    """The bytes that do not change; the engine fills in what is used."""
+    return MemoryInfo(
+        weights_bytes=decoder.nbytes,
+        kv_cache_bytes=kv_cache.nbytes,
+        kv_block_bytes=plan.kv_block_bytes,
+        kv_blocks_total=plan.num_kv_blocks,
+        kv_blocks_used=0,
+        kv_blocks_cached=0,
+        block_size=config.block_size,
+        adapter_bytes_total=pool.bytes_total,
+        adapter_bytes_used=0,
+        adapter_page_bytes=pool.page_bytes,
+        host_adapter_bytes_total=plan.host_adapter_bytes,
+        host_adapter_bytes_used=0,
+        workspace_bytes=plan.workspace_bytes,
+        device_bytes_total=plan.device_bytes_total,
+        device_bytes_free=plan.device_bytes_free,
+    )

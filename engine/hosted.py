@@ -1,0 +1,93 @@
+"""The engine as `process.py` wants it: errors become outputs, news is collected, close ends all.
+
+Only translation; everything that decides is in `engine.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from loraplex.engine import api
+from loraplex.engine.engine import Engine, News
+from loraplex.engine.errors import EngineError
+
+# How long to sleep with work that cannot run yet: a load is under way, or an order waits.
+LOADING_POLL_S = 0.001
+WAITING_POLL_S = 0.005
+
+
+class HostedEngine:
+    """on_close: ends what was started for the engine."""
+
+    def __init__(self, engine: Engine, on_close: Callable[[], None]) -> None:
+        self.engine = engine
+        self._on_close = on_close
+        self._refused: list[api.SequenceOutput] = []
+        self._events: list[api.AdapterEvent] = []
+        self._answers: list[api.Answer] = []
+        self._is_new = False  # something came since the last step
+        engine.on_news = self._note
+
+    @property
+    def model(self) -> api.ModelInfo:
+        return self.engine.model
+
+    def add(self, request: api.GenerationRequest) -> None:
+        self._is_new = True
+        try:
+            self.engine.add(request)
+        except EngineError as error:
+            info = api.ErrorInfo(error.code, error.message, type(error).code)
+            self._refused.append(
+                api.SequenceOutput(
+                    request_id=request.request_id,
+                    finish_reason=api.FinishReason.ERROR,
+                    error=info,
+                )
+            )
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        self._is_new = True
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+
+    def call(self, call: api.Call) -> None:
+        self._is_new = True
+        self.engine.call(call)
+
+    def step(self) -> list[api.SequenceOutput]:
+        self._is_new = False
+        refused, self._refused = self._refused, []
+        return refused + self.engine.step()
+
+    def idle_s(self) -> float | None:
+        if self._refused:
+            return 0.0
+        if not self.engine.has_work():
+            return None
+        if self._is_new or self.engine.ran_last_step:
+            return 0.0
+        return LOADING_POLL_S if self.engine.is_loading else WAITING_POLL_S
+
+    def take_events(self) -> list[api.AdapterEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def take_answers(self) -> list[api.Answer]:
+        answers, self._answers = self._answers, []
+        return answers
+
+    def memory(self) -> api.MemoryInfo:
+        return self.engine.memory()
+
+    def stats(self) -> api.EngineStats:
+        return self.engine.stats()
+
+    def close(self) -> None:
+        self._on_close()
+
+    def _note(self, news: News) -> None:
+        if isinstance(news, api.Answer):
+            self._answers.append(news)
+        else:
+            self._events.append(news)

@@ -1,0 +1,228 @@
+"""A model runner driven by hand, and transformers + peft to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex.adapters.pool import PagePool
+from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.weights import load_weights
+from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.engine.batch import BatchBuilder
+from loraplex.engine.loader import Checkpoint
+from loraplex.engine.model import Decoder, load_decoder
+from loraplex.engine.model_config import read_model_config
+from loraplex.engine.model_runner import ModelRunner
+from loraplex.engine.sampling import Sampler
+from loraplex.engine.seams import Schedule, ScheduledSequence, StepSample
+from loraplex.engine.sequence import Sequence
+from loraplex.kernels.select import select_ops
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16  # the native kernels' tile
+MAX_BLOCKS = 8  # of one sequence
+MAX_SEQS = 16
+
+
+@dataclass
+class Bench:
+    """The runner of one model with all its adapters on the device; each sequence has own blocks."""
+
+    decoder: Decoder
+    pool: PagePool
+    runner: ModelRunner
+    batches: BatchBuilder
+    digests: dict[str, str]
+    numbers: Any = field(default_factory=count)
+
+    def sequence(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> Sequence:
+        uses = () if adapter is None else (AdapterUse(self.digests[adapter]),)
+        return self.composed(prompt, uses, **sampling)
+
+    def composed(
+        self, prompt: list[int], uses: tuple[AdapterUse, ...], **sampling: Any
+    ) -> Sequence:
+        number = next(self.numbers)
+        params = SamplingParams(**{"temperature": 0.0, **sampling})
+        request = GenerationRequest(
+            request_id=str(number), prompt_token_ids=prompt, sampling=params, adapters=uses
+        )
+        seq = Sequence.from_request(
+            request,
+            seq_id=number,
+            arrival_time=0.0,
+            max_model_len=BLOCK_SIZE * MAX_BLOCKS,
+            eos_token_ids=frozenset(),
+            seed=7 if params.seed is None else params.seed,
+        )
+        # Blocks in falling order: a kernel that takes a table for one run of memory is found out.
+        first = (number % MAX_SEQS) * MAX_BLOCKS
+        seq.block_table = list(range(first + MAX_BLOCKS - 1, first - 1, -1))
+        return seq
+
+    def schedule(self, wanted: Items[tuple[Sequence, int]]) -> Schedule:
+        scheduled = [
+            ScheduledSequence(
+                seq,
+                seq.num_computed_tokens,
+                num,
+                seq.num_computed_tokens + num == seq.num_tokens,
+            )
+            for seq, num in wanted
+        ]
+        scheduled.sort(key=lambda s: (not s.is_decode, s.seq.digests))
+        return Schedule(
+            scheduled=scheduled,
+            num_decodes=sum(s.is_decode for s in scheduled),
+            num_tokens=sum(s.num_tokens for s in scheduled),
+            released_seq_ids=[],
+        )
+
+    def step(self, wanted: Items[tuple[Sequence, int]]) -> dict[int, StepSample]:
+        """One step; sampled tokens are appended. Returns the samples by `seq_id`."""
+        schedule = self.schedule(wanted)
+        samples = self.runner.collect(self.runner.launch(schedule))
+        for s, sample in zip(schedule.scheduled, samples, strict=True):
+            assert (sample.token_id is not None) == s.samples
+            s.seq.num_computed_tokens += s.num_tokens
+            if sample.token_id is not None:
+                s.seq.token_ids.append(sample.token_id)
+        return {s.seq.seq_id: x for s, x in zip(schedule.scheduled, samples, strict=True)}
+
+    @torch.inference_mode()
+    def logits(self, wanted: Items[tuple[Sequence, int]]) -> dict[int, Tensor]:
+        """One step without sampling: the logits of every row, by `seq_id`."""
+        schedule = self.schedule(wanted)
+        batch = self.batches.build(schedule)
+        hidden = self.decoder.forward(
+            batch.token_ids, self.runner.kv_cache, batch.attention, batch.lora
+        )
+        logits, found, row = self.decoder.logits(hidden), {}, 0
+        for s in schedule.scheduled:
+            found[s.seq.seq_id] = logits[row : row + s.num_tokens]
+            s.seq.num_computed_tokens += s.num_tokens
+            row += s.num_tokens
+        return found
+
+    def all_logits(self, sequences: list[Sequence], chunk: int) -> dict[int, Tensor]:
+        """Run every sequence to its end in chunks, all of them in each step; `[tokens, vocab]`."""
+        parts: dict[int, list[Tensor]] = {seq.seq_id: [] for seq in sequences}
+        while any(seq.num_uncomputed_tokens for seq in sequences):
+            wanted = [(s, min(chunk, s.num_uncomputed_tokens)) for s in sequences]
+            for seq_id, rows in self.logits([(s, n) for s, n in wanted if n]).items():
+                parts[seq_id].append(rows)
+        return {seq_id: torch.cat(rows) for seq_id, rows in parts.items()}
+
+    def generate(self, sequences: list[Sequence], num_tokens: int, chunk: int) -> list[list[int]]:
+        """Let each make `num_tokens` tokens; a decode beside a prefill chunk is a usual step."""
+        while open_ := [s for s in sequences if s.num_output_tokens < num_tokens]:
+            self.step([(s, min(chunk, s.num_uncomputed_tokens)) for s in open_])
+        return [seq.output_token_ids for seq in sequences]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors: threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_bench(
+    tiny_adapters: Callable[[Path], dict[str, Path]],
+    store_adapters: Callable[..., dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Bench]:
+    """`make_bench(model directory, backend="torch") -> Bench`, kept for the session."""
+    made: dict[tuple[Path, str], Bench] = {}
+
+    def make(model: Path, backend: str = "torch") -> Bench:
+        if (model, backend) in made:
+            return made[model, backend]
+        dtype = torch.float32
+        config, ops = read_model_config(model), select_ops(backend, CPU, dtype)
+        with Checkpoint(model) as checkpoint:
+            decoder = load_decoder(config, checkpoint, ops, dtype, CPU)
+        pool = PagePool(config.num_layers, config.module_shapes, 64 << 20, dtype, CPU)
+        root = tmp_path_factory.mktemp("store")
+        digests = store_adapters(root, model, tiny_adapters(model))
+        for digest in digests.values():
+            pool.install(
+                digest, pool.build_image(load_weights(AdapterStore(root).path(digest), dtype))
+            )
+        kv = ops.kv_cache(
+            config.num_layers,
+            MAX_SEQS * MAX_BLOCKS,
+            BLOCK_SIZE,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype,
+            CPU,
+        )
+        batches = BatchBuilder(pool, BLOCK_SIZE, MAX_SEQS, MAX_BLOCKS, CPU)
+        runner = ModelRunner(decoder, kv, batches, Sampler(config.vocab_size, CPU))
+        made[model, backend] = Bench(decoder, pool, runner, batches, digests)
+        return made[model, backend]
+
+    return make
+
+
+class Reference:
+    """transformers + peft, one sequence at a time."""
+
+    def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        first = next(iter(adapters))
+        self._model: Any = PeftModel.from_pretrained(base, adapters[first], adapter_name=first)
+        for name, folder in adapters.items():
+            if name != first:
+                self._model.load_adapter(folder, adapter_name=name)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], adapter: str | None) -> Tensor:
+        """`[tokens, vocab]`."""
+        if adapter is None:
+            with self._model.disable_adapter():
+                return self._model(torch.tensor([token_ids])).logits[0]
+        self._model.set_adapter(adapter)
+        return self._model(torch.tensor([token_ids])).logits[0]
+
+    def continues(self, prompt: list[int], tokens: list[int], adapter: str | None) -> bool:
+        """Greedy decoding of `prompt` gives `tokens`: each is the likeliest after those before."""
+        logits = self.logits(prompt + tokens, adapter)
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+@pytest.fixture(scope="session")
+def make_reference(tiny_adapters: Callable[[Path], dict[str, Path]]) -> Callable[[Path], Reference]:
+    made: dict[Path, Reference] = {}
+
+    def make(model: Path) -> Reference:
+        if model not in made:
+            made[model] = Reference(model, tiny_adapters(model))
+        return made[model]
+
+    return make
+
+
+def prompt_of(length: int, seed: int = 0, vocab_size: int = 256) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> Callable[..., list[int]]:
+    """`make_prompt(length, seed=0)`: random token ids."""
+    return prompt_of

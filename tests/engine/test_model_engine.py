@@ -1,0 +1,227 @@
+"""The whole engine against transformers + peft: after prefix hits, preemption, eviction, reload."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraplex.engine import api
+from loraplex.engine.api import AdapterUse, FinishReason, GenerationRequest, SamplingParams
+from loraplex.engine.build import build_engine
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.hosted import HostedEngine
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NUM_TOKENS = 10
+DEADLINE_S = 60
+
+
+class Driver:
+    """An engine on a tiny model with all its adapters in the store."""
+
+    def __init__(self, hosted: HostedEngine, digests: dict[str, str]) -> None:
+        self.hosted = hosted
+        self.digests = digests
+        self.count = 0
+
+    def generate(
+        self, cases: list[tuple[list[int], str | None]], **sampling: Any
+    ) -> list[list[api.SequenceOutput]]:
+        """All cases at once; each one's outputs up to its end. Invariants hold after every step."""
+        outputs: dict[str, list[api.SequenceOutput]] = {}
+        for prompt, adapter in cases:
+            self.count += 1
+            outputs[str(self.count)] = []
+            params = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **sampling}
+            uses = () if adapter is None else (AdapterUse(self.digests[adapter]),)
+            self.hosted.add(
+                GenerationRequest(
+                    request_id=str(self.count),
+                    prompt_token_ids=prompt,
+                    sampling=SamplingParams(**params),
+                    adapters=uses,
+                )
+            )
+        end = time.monotonic() + DEADLINE_S
+        while self.hosted.engine.has_work():
+            assert time.monotonic() < end, "the engine does not come to an end"
+            for output in self.hosted.step():
+                outputs[output.request_id].append(output)
+            self.hosted.engine.check_invariants()
+            self.hosted.engine.idle_wait(1.0)
+        return list(outputs.values())
+
+    def tokens(self, cases: list[tuple[list[int], str | None]]) -> list[list[int]]:
+        made = []
+        for outputs in self.generate(cases):
+            assert outputs[-1].finish_reason == FinishReason.LENGTH, outputs[-1]
+            made.append([token for output in outputs for token in output.token_ids])
+        return made
+
+    def evict(self, digest: str) -> None:
+        self.hosted.call(api.Call(call_id=1, method="evict", digest=digest, tier="host"))
+        self.hosted.step()
+        [answer] = self.hosted.take_answers()
+        assert answer.error is None, answer.error
+
+
+@pytest.fixture
+def make_driver(
+    tiny_model: Any, tiny_adapters: Any, store_adapters: Any, tmp_path: Path
+) -> Iterator[Callable[..., Driver]]:
+    open_: list[HostedEngine] = []
+
+    def make(family: str, **settings: Any) -> Driver:
+        model = tiny_model(family)
+        digests = store_adapters(tmp_path / "store", model, tiny_adapters(model))
+        defaults = {
+            "model": str(model),
+            "adapter_dir": tmp_path / "store",
+            "backend": "torch",
+            "num_threads": 1,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 24,
+            "max_model_len": 128,
+            "kv_cache_memory": 16 << 20,
+            "adapter_memory": 8 << 20,
+        }
+        hosted = build_engine(EngineConfig(**{**defaults, **settings}))
+        open_.append(hosted)
+        return Driver(hosted, digests)
+
+    yield make
+    for hosted in open_:
+        hosted.close()
+
+
+def check(reference: Any, cases: list[tuple[list[int], str | None]], made: list[list[int]]) -> None:
+    for (prompt, adapter), tokens in zip(cases, made, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert reference.continues(prompt, tokens, adapter), adapter
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_burst_then_prefix_hits(
+    family: str,
+    backend: str,
+    make_driver: Any,
+    make_reference: Any,
+    tiny_model: Any,
+    make_prompt: Any,
+) -> None:
+    """The same prompts for every adapter: a hit on another adapter's blocks would show."""
+    driver, reference = make_driver(family, backend=backend), make_reference(tiny_model(family))
+    cases = [(make_prompt(35), adapter) for adapter in [None, *driver.digests]]
+    check(reference, cases, driver.tokens(cases))
+    before = driver.hosted.stats().prefix_cache_hits
+    longer = [(prompt + make_prompt(5, 1), adapter) for prompt, adapter in cases]
+    check(reference, longer, driver.tokens(longer))
+    assert driver.hosted.stats().prefix_cache_hits - before == 32 * len(cases)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preemption_changes_nothing(
+    family: str,
+    backend: str,
+    make_driver: Any,
+    make_reference: Any,
+    tiny_model: Any,
+    make_prompt: Any,
+) -> None:
+    """KV memory for two and a half of six sequences: some lose their blocks while they decode."""
+    from loraplex.engine.memory import kv_block_bytes
+    from loraplex.engine.model_config import read_model_config
+
+    model = tiny_model(family)
+    config = read_model_config(model)
+    block = kv_block_bytes(config, 16, config.dtype)
+    driver = make_driver(
+        family,
+        backend=backend,
+        max_model_len=64,
+        kv_cache_memory=7 * block,
+        enable_prefix_cache=False,
+    )
+    cases = [(make_prompt(26 + i, i), a) for i, a in enumerate([None, *driver.digests])]
+    check(make_reference(model), cases, driver.tokens(cases))
+    assert driver.hosted.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evicted_adapters_come_back(
+    family: str, make_driver: Any, make_reference: Any, tiny_model: Any, make_prompt: Any
+) -> None:
+    """Memory for a third of the adapters: they push each other out, through both tiers."""
+    model = tiny_model(family)
+    driver = make_driver(family)
+    page_bytes = driver.hosted.memory().adapter_page_bytes
+    driver = make_driver(family, adapter_memory=4 * page_bytes, host_adapter_memory=page_bytes)
+    cases = [(make_prompt(9 + i, i), a) for i, a in enumerate([*driver.digests, None] * 2)]
+    check(make_reference(model), cases, driver.tokens(cases))
+    stats = driver.hosted.stats()
+    assert stats.adapter_evictions > 0
+    driver.evict(driver.digests["all"])
+    again = [case for case in cases if case[1] == "all"]
+    check(make_reference(model), again, driver.tokens(again))
+    assert driver.hosted.stats().adapter_loads > stats.adapter_loads
+
+
+def test_a_damaged_adapter_fails_its_requests_only(
+    make_driver: Any, make_reference: Any, tiny_model: Any, make_prompt: Any, tmp_path: Path
+) -> None:
+    driver = make_driver("llama")
+    digest = driver.digests["all"]
+    file = tmp_path / "store" / digest[:2] / digest / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    broken, fine = driver.generate([(make_prompt(9), "all"), (make_prompt(9), "qv")])
+    assert broken[-1].finish_reason == FinishReason.ERROR
+    assert broken[-1].error is not None
+    assert broken[-1].error.code == "adapter_corrupt"
+    assert fine[-1].finish_reason == FinishReason.LENGTH
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(make_driver: Any, make_prompt: Any) -> None:
+    driver = make_driver("llama")
+    prompt = make_prompt(12)
+    params = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "seed": 5, "max_tokens": 20}
+
+    def tokens(outputs: list[api.SequenceOutput]) -> list[int]:
+        return [token for output in outputs for token in output.token_ids]
+
+    [alone] = driver.generate([(prompt, "all")], **params)
+    crowd = driver.generate(
+        [(prompt, "all"), (prompt, None), (make_prompt(30, 1), "qv"), (prompt, "rank24")], **params
+    )
+    assert tokens(crowd[0]) == tokens(alone)
+    assert tokens(crowd[1]) != tokens(alone)
+
+
+def test_prompt_logprobs_equal_the_reference(
+    make_driver: Any, make_reference: Any, tiny_model: Any, make_prompt: Any
+) -> None:
+    """In chunks of 24; a seed of prefix blocks from the first request must not swallow any."""
+    driver, reference = make_driver("llama"), make_reference(tiny_model("llama"))
+    prompt = make_prompt(60)
+    for _ in range(2):
+        [outputs] = driver.generate([(prompt, "all")], prompt_logprobs=3, logprobs=2)
+        entries = outputs[0].prompt_logprobs
+        assert entries is not None
+        assert entries[0] is None
+        assert len(entries) == len(prompt)
+        expected = reference.logits(prompt, "all").log_softmax(-1)
+        for i, entry in enumerate(entries[1:]):
+            assert entry is not None
+            row = expected[i]
+            assert entry.token_id == prompt[i + 1]
+            assert entry.logprob == pytest.approx(float(row[prompt[i + 1]]), abs=1e-3)
+            assert entry.rank == int((row > row[prompt[i + 1]]).sum()) + 1
+            assert entry.top_ids == row.topk(3).indices.tolist()
+        assert outputs[0].logprobs is not None
+        assert outputs[0].logprobs[0].rank == 1
+        assert len(outputs[0].logprobs[0].top_ids) == 2
