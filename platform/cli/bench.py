@@ -102,7 +102,7 @@ def serve(
     try:
         if trace == "slora":
             rate = rate or 2.0
-            how = {"trace": trace, "alpha": alpha, "cv": cv, "rate": rate, "duration_s": duration}
+            how = {"trace": trace, "alpha": alpha, "cv": cv, "rate": rate, "trace_s": duration}
             plan = workload.slora(len(names), alpha, rate, cv, duration, *lengths)
         elif trace is not None:
             raise UsageError(f"--trace {trace}: slora is the only one")

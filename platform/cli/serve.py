@@ -76,13 +76,13 @@ def run(settings: Settings, after_ready: AfterReady | None = None) -> None:
 
     Raises: CliError when the port is taken or the model cannot be served.
     """
-    listener = bind(settings.host, settings.port)
-    make_data_dir(settings.data_dir)
-    setup_logging(settings.log_level, settings.log_format)
-    # Its start and stop lines would break into ours.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_Serving(settings, listener, after_ready).run())
+    with bind(settings.host, settings.port) as listener:
+        make_data_dir(settings.data_dir)
+        setup_logging(settings.log_level, settings.log_format)
+        # Its start and stop lines would break into ours.
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_Serving(settings, listener, after_ready).run())
 
 
 class _Serving:
