@@ -1,0 +1,809 @@
+"""The engine's loop with a fake model: whatever happens, every request gets the right tokens and
+one end.
+
+The fake runner keeps a KV memory of its own. It writes what each scheduled token is (token,
+position, composition), reads back the whole context of each sequence through its block table, and
+derives the next token from what it *read*. So a block shared by mistake, lost or overwritten
+shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from loraplex.adapters.errors import AdapterError, AdapterNotFound
+from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
+from loraplex.adapters.slots import AdapterSlots
+from loraplex.engine import api
+from loraplex.engine.api import AdapterUse, FinishReason, GenerationRequest, SamplingParams
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
+from loraplex.engine.errors import AdapterUnavailable, InvalidRequest, QueueFull
+from loraplex.engine.seams import Schedule, StepSample
+
+VOCAB = 50
+EOS = 49
+BLOCK = 4
+SIZES = {"a": 10, "b": 10, "c": 20, "d": 40, "huge": 1000}  # device bytes
+DEVICE_BYTES = 40
+
+
+def next_token(tokens: list[int], adapters: tuple[AdapterUse, ...]) -> int:
+    """What the fake model says after these tokens. Never eos, so lengths are the test's choice."""
+    uses = sorted((use.digest, use.weight) for use in adapters if use.weight)
+    return zlib.crc32(repr((tokens, uses)).encode()) % EOS
+
+
+class FakeRunner:
+    def __init__(self, num_blocks: int) -> None:
+        self.kv: list[Any] = [None] * (num_blocks * BLOCK)
+        self.fail_next = False
+        self.batches: list[Schedule] = []
+
+    def launch(self, schedule: Schedule) -> Schedule:
+        self.batches.append(schedule)
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("device on fire")
+        written: set[int] = set()
+        for item in schedule.scheduled:
+            seq = item.seq
+            for position in range(item.start, item.start + item.num_tokens):
+                slot = self._slot(seq.block_table, position)
+                assert slot not in written, "two tokens write one slot"
+                written.add(slot)
+                self.kv[slot] = (seq.token_ids[position], position, seq.composition)
+        return schedule
+
+    def collect(self, handle: Schedule) -> list[StepSample]:
+        return [
+            StepSample(
+                self._sample(item.seq) if item.samples else None,
+                prompt_logprobs=self._prompt_logprobs(item),
+            )
+            for item in handle.scheduled
+        ]
+
+    def _sample(self, seq: Any) -> int:
+        read = [self.kv[self._slot(seq.block_table, i)] for i in range(seq.num_tokens)]
+        assert [position for _, position, _ in read] == list(range(len(read)))
+        assert {composition for _, _, composition in read} == {seq.composition}
+        return next_token([token for token, _, _ in read], seq.adapters)
+
+    def _prompt_logprobs(self, item: Any) -> list[api.TokenLogprobs] | None:
+        tokens = item.seq.token_ids
+        first = item.start + 1
+        entries = [
+            api.TokenLogprobs(tokens[i], 0.0, 1, [], [])
+            for i in range(first, first + item.num_prompt_logprobs)
+        ]
+        return entries or None
+
+    @staticmethod
+    def _slot(table: list[int], position: int) -> int:
+        return table[position // BLOCK] * BLOCK + position % BLOCK
+
+
+class FakeLoader:
+    """Ends loads when told to, or at once."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        self.at_once = at_once
+        self.under_way: list[tuple[str, Stage]] = []
+        self._done: list[LoadDone] = []
+
+    def describe(self, digest: str) -> AdapterSize:
+        if digest not in SIZES:
+            raise AdapterNotFound(f"no adapter {digest} in the store")
+        return AdapterSize(16, 1, SIZES[digest], SIZES[digest])
+
+    def begin_host_load(self, digest: str) -> None:
+        self._begin(digest, Stage.HOST)
+
+    def begin_device_load(self, digest: str) -> None:
+        self._begin(digest, Stage.DEVICE)
+
+    def _begin(self, digest: str, stage: Stage) -> None:
+        self.under_way.append((digest, stage))
+        if self.at_once:
+            self.finish(0)
+
+    def finish(self, index: int, *, ok: bool = True) -> None:
+        digest, stage = self.under_way.pop(index)
+        self._done.append(LoadDone(digest, stage, ok, 0.1, "" if ok else "disk on fire"))
+
+    def succeed_from_now_on(self) -> None:
+        self.at_once = True
+        while self.under_way:
+            self.finish(0)
+
+    def drop_device(self, digest: str) -> int:
+        return SIZES[digest]
+
+    def drop_host(self, digest: str) -> int:
+        return SIZES[digest]
+
+    def poll(self) -> list[LoadDone]:
+        done, self._done = self._done, []
+        return done
+
+
+MODEL = api.ModelInfo(
+    name="fake", architecture="Fake", dtype="float32", device="cpu", backend="torch",
+    vocab_size=VOCAB, max_model_len=64, num_layers=1, eos_token_ids=[EOS], bos_token_id=None,
+    tokenizer_json="", chat_template=None, special_tokens={}, generation_defaults={}, modules=[],
+    num_parameters=1,
+)  # fmt: skip
+MEMORY = api.MemoryInfo(
+    weights_bytes=1, kv_cache_bytes=1, kv_block_bytes=1, kv_blocks_total=0, kv_blocks_used=0,
+    kv_blocks_cached=0, block_size=0, adapter_bytes_total=0, adapter_bytes_used=0,
+    adapter_page_bytes=1, host_adapter_bytes_total=0, host_adapter_bytes_used=0,
+    workspace_bytes=0, device_bytes_total=9, device_bytes_free=8,
+)  # fmt: skip
+
+
+class Bench:
+    """An engine of fakes with a clock driven by hand; every output is collected and checked."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 32,
+        max_num_waiting: int = 100,
+        at_once: bool = True,
+        host_bytes: int = 60,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.now = 0.0
+        self.runner = FakeRunner(num_blocks)
+        self.loader = FakeLoader(at_once=at_once)
+        self.slots = AdapterSlots(
+            self.loader,
+            device_bytes_total=DEVICE_BYTES,
+            host_bytes_total=host_bytes,
+            clock=lambda: self.now,
+        )
+        self.blocks = BlockManager(num_blocks, BLOCK, enable_prefix_cache=prefix_cache)
+        self.answers: dict[int, api.Answer] = {}
+        self.events: list[api.AdapterEvent] = []
+        self.engine = Engine(
+            EngineConfig(
+                model="fake",
+                adapter_dir=Path("unused"),
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_waiting=max_num_waiting,
+            ),
+            MODEL,
+            self.runner,
+            self.slots,
+            self.blocks,
+            lambda: MEMORY,
+            on_news=self._hear,
+            clock=lambda: self.now,
+        )
+        self.requests: dict[str, GenerationRequest] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, api.SequenceOutput] = {}
+        self.firsts: dict[str, api.SequenceOutput] = {}
+
+    def _hear(self, news: api.Answer | api.AdapterEvent) -> None:
+        if isinstance(news, api.AdapterEvent):
+            self.events.append(news)
+        else:
+            assert news.call_id not in self.answers, "two answers to one call"
+            self.answers[news.call_id] = news
+
+    def add(
+        self,
+        prompt: list[int],
+        adapters: dict[str, float] | None = None,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        **sampling: Any,
+    ) -> str:
+        request = GenerationRequest(
+            request_id=f"r{len(self.requests)}",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(**{"max_tokens": 4, **sampling}),
+            adapters=tuple(AdapterUse(d, w) for d, w in (adapters or {}).items()),
+            priority=priority,
+            cache_salt=salt,
+        )
+        self.engine.add(request)
+        self.requests[request.request_id] = request
+        self.tokens[request.request_id] = []
+        return request.request_id
+
+    def step(self) -> None:
+        self.now += 0.125
+        for output in self.engine.step():
+            name = output.request_id
+            assert name not in self.ends, "news after the end"
+            if output.token_ids and not self.tokens[name]:
+                self.firsts[name] = output
+            self.tokens[name] += output.token_ids
+            if output.finish_reason is not None:
+                self.ends[name] = output
+                assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
+        self.engine.check_invariants()
+
+    def run(self, limit: int = 500) -> None:
+        for _ in range(limit):
+            if not self.engine.has_work():
+                return
+            self.step()
+        raise AssertionError(f"not done after {limit} steps")
+
+    def call(self, method: str, **fields: Any) -> int:
+        call_id = 1000 + len(self.answers) * 7
+        self.engine.call(api.Call(call_id, method, **fields))
+        return call_id
+
+    def result(self, call_id: int, kind: type[Any]) -> Any:
+        answer = self.answers[call_id]
+        assert answer.error is None, answer.error
+        return msgspec.msgpack.decode(answer.result, type=kind)
+
+    def check_tokens(self, name: str) -> None:
+        request = self.requests[name]
+        tokens = list(request.prompt_token_ids)
+        for got in self.tokens[name]:
+            assert got == next_token(tokens, request.adapters)
+            tokens.append(got)
+
+    def check_over(self) -> None:
+        """Every request has ended once, and nothing is held any more."""
+        assert self.ends.keys() == self.requests.keys()
+        for name, end in self.ends.items():
+            self.check_tokens(name)
+            if end.finish_reason is FinishReason.LENGTH:
+                assert len(self.tokens[name]) == self.requests[name].sampling.max_tokens
+        assert self.blocks.num_used_blocks == 0
+        assert all(r.running == 0 and not r.wants for r in self.slots.residents())
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+def test_mixed_requests_share_steps_and_all_end_right() -> None:
+    bench = Bench()
+    for i, adapters in enumerate([{}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 0.5}, {"a": 0.5}]):
+        bench.add([i, 2, 3, 4, 5, 6], adapters, max_tokens=7)
+    bench.run()
+    bench.check_over()
+    assert max(len(batch.scheduled) for batch in bench.runner.batches) == 5
+
+
+def test_batches_put_decodes_first_and_equal_compositions_together() -> None:
+    bench = Bench(max_num_batched_tokens=16)
+    for i in range(3):
+        bench.add([i], {"a": 1.0}, max_tokens=20)
+        bench.add([i], {"b": 1.0}, max_tokens=20)
+    for _ in range(4):
+        bench.step()
+    bench.add(list(range(12)), {"b": 1.0})
+    bench.add(list(range(12)), {"a": 1.0})
+    bench.step()
+    batch = bench.runner.batches[-1]
+    assert [item.is_decode for item in batch.scheduled] == [True] * 6 + [False]
+    assert batch.num_decodes == 6
+    names = [item.seq.digests[0] for item in batch.scheduled[:6]]
+    assert names == ["a", "a", "a", "b", "b", "b"]
+    assert batch.num_tokens == sum(item.num_tokens for item in batch.scheduled) == 16
+
+
+def test_first_output_tells_queue_time_and_cached_tokens() -> None:
+    bench = Bench()
+    prompt = list(range(10))
+    bench.add(prompt)
+    bench.run()
+    second = bench.add(prompt)
+    bench.now += 3
+    bench.run()
+    first = bench.firsts[second]
+    assert first.num_cached_tokens == 8  # two full blocks; the third is not full
+    assert first.queue_s == pytest.approx(3.125)
+
+
+def test_a_full_hit_recomputes_only_the_last_block() -> None:
+    bench = Bench()
+    prompt = list(range(8))
+    bench.add(prompt)
+    bench.run()
+    second = bench.add(prompt)
+    bench.run()
+    assert bench.firsts[second].num_cached_tokens == 4
+    bench.check_over()
+
+
+def test_equal_prompts_of_one_step_share_blocks() -> None:
+    bench = Bench()
+    first, second = bench.add(list(range(9))), bench.add(list(range(9)))
+    bench.step()
+    assert bench.firsts[first].num_cached_tokens == 0
+    assert bench.firsts[second].num_cached_tokens == 8
+    bench.run()
+    bench.check_over()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "salt"), [({"a": 1.0}, ""), ({"b": 0.5}, ""), ({"b": 1.0}, "tenant")]
+)
+def test_no_hit_across_adapters_weights_or_salts(adapters: dict[str, float], salt: str) -> None:
+    bench = Bench()
+    bench.add(list(range(9)), {"b": 1.0})
+    bench.run()
+    other = bench.add(list(range(9)), adapters, salt=salt)
+    bench.run()
+    assert bench.firsts[other].num_cached_tokens == 0
+    bench.check_over()
+
+
+def test_a_composition_hits_whatever_its_order() -> None:
+    bench = Bench()
+    bench.add(list(range(9)), {"a": 1.0, "b": 0.5})
+    bench.run()
+    other = bench.add(list(range(9)), {"b": 0.5, "a": 1.0})
+    bench.run()
+    assert bench.firsts[other].num_cached_tokens == 8
+
+
+def test_prompt_logprobs_cover_the_whole_prompt_in_chunks_and_ignore_hits() -> None:
+    bench = Bench(max_num_batched_tokens=8)
+    prompt = list(range(20))
+    bench.add(prompt)
+    bench.run()
+    name = bench.add(prompt, prompt_logprobs=0)
+    bench.run()
+    entries = bench.firsts[name].prompt_logprobs
+    assert entries is not None
+    assert entries[0] is None
+    assert [entry.token_id for entry in entries[1:] if entry] == prompt[1:]
+
+
+def test_preemption_changes_no_token() -> None:
+    bench = Bench(num_blocks=10, prefix_cache=False)
+    for i in range(4):
+        bench.add([i, 1, 2], max_tokens=30)
+    bench.run()
+    bench.check_over()
+    assert bench.engine.stats().num_preemptions > 0
+
+
+def test_stop_reasons() -> None:
+    bench = Bench()
+    tokens = [1, 2, 3]
+    stop = next_token(tokens, ())
+    at_once = bench.add(tokens, stop_token_ids=(stop,))
+    later = bench.add(tokens, stop_token_ids=(stop,), min_tokens=2)
+    length = bench.add([5] * 60, max_tokens=None)
+    bench.run()
+    assert bench.ends[at_once].finish_reason is FinishReason.STOP
+    assert bench.ends[at_once].stop_token_id == stop
+    assert bench.tokens[at_once] == [stop]
+    assert len(bench.tokens[later]) >= 2
+    assert bench.ends[length].finish_reason is FinishReason.LENGTH
+    assert len(bench.tokens[length]) == MODEL.max_model_len - 60
+
+
+@pytest.mark.parametrize(("ignore", "count"), [(False, 1), (True, 4)])
+def test_eos_ends_unless_ignored(ignore: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    monkeypatch.setattr(bench.runner, "_sample", lambda seq: EOS)
+    name = bench.add([1, 2], ignore_eos=ignore)
+    bench.run()
+    assert bench.tokens[name] == [EOS] * count
+    assert bench.ends[name].stop_token_id is None
+
+
+def test_cancel_frees_at_once_and_says_so_once() -> None:
+    bench = Bench(at_once=False)
+    running, waiting = bench.add([1] * 9, max_tokens=40), bench.add([1], {"a": 1.0})
+    bench.step()
+    assert bench.blocks.num_used_blocks == 3
+    assert bench.engine.cancel(running)
+    assert bench.engine.cancel(waiting)
+    assert bench.blocks.num_used_blocks == 0
+    assert not bench.engine.cancel(running)
+    bench.step()
+    assert {end.finish_reason for end in bench.ends.values()} == {FinishReason.ABORT}
+    assert len(bench.ends) == 2
+
+
+def test_a_failed_step_ends_its_sequences_and_the_next_one_works() -> None:
+    """Blocks published by the failed step were never written: nobody may hit them afterwards."""
+    bench = Bench()
+    failed = [bench.add(list(range(9))), bench.add(list(range(9)))]
+    bench.runner.fail_next = True
+    bench.step()
+    for name in failed:
+        end = bench.ends[name]
+        assert end.error is not None
+        assert end.error.code == "step_failed"
+        assert "device on fire" in end.error.message
+    again = bench.add(list(range(9)))
+    bench.run()
+    assert bench.firsts[again].num_cached_tokens == 0
+    bench.check_tokens(again)
+
+
+def test_bounded_queue_and_unique_ids() -> None:
+    bench = Bench(max_num_waiting=1)
+    bench.add([1])
+    with pytest.raises(QueueFull, match="max_num_waiting"):
+        bench.add([1])
+    bench.step()
+    with pytest.raises(InvalidRequest, match="in use by a live request"):
+        bench.engine.add(next(iter(bench.requests.values())))
+
+
+def test_priority_goes_before_arrival() -> None:
+    bench = Bench(max_num_seqs=1)
+    late, early = bench.add([1], priority=5), bench.add([2], priority=-1)
+    bench.step()
+    assert bench.tokens[early]
+    assert not bench.tokens[late]
+    assert bench.engine.requests()[0].waiting_reason == "quota"
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_adapter_is_passed_over_and_blocks_nobody() -> None:
+    bench = Bench(at_once=False)
+    blocked, free = bench.add([1], {"a": 1.0}), bench.add([2])
+    for _ in range(5):
+        bench.step()
+    assert free in bench.ends
+    assert bench.engine.stats().waiting_by_reason == {"adapter_loading": 1}
+    bench.loader.succeed_from_now_on()
+    bench.run()
+    assert blocked in bench.ends
+    bench.check_over()
+
+
+def test_a_failed_load_ends_its_requests_and_is_tried_again_after_a_while() -> None:
+    bench = Bench(at_once=False)
+    name, other = bench.add([1], {"a": 1.0}), bench.add([1], {"a": 1.0, "b": 1.0})
+    bench.step()
+    bench.loader.finish(0, ok=False)
+    bench.step()
+    for end in (bench.ends[name], bench.ends[other]):
+        assert end.error == api.ErrorInfo(
+            "adapter_load_failed", "disk on fire", "adapter_unavailable"
+        )
+    with pytest.raises(AdapterUnavailable, match="tried again in 1 s"):
+        bench.add([1], {"a": 1.0})
+    bench.now += 2
+    bench.loader.succeed_from_now_on()
+    again = bench.add([1], {"a": 1.0})
+    bench.run()
+    bench.check_tokens(again)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "code"),
+    [({"nobody": 1.0}, "adapter_not_found"), ({"huge": 1.0}, "adapter_too_large"),
+     ({"d": 1.0, "a": 1.0}, "adapter_too_large")],
+)  # fmt: skip
+def test_an_impossible_adapter_is_refused_at_once(adapters: dict[str, float], code: str) -> None:
+    bench = Bench()
+    with pytest.raises(AdapterUnavailable) as caught:
+        bench.add([1], adapters)
+    assert caught.value.code == code
+    assert not bench.engine.has_work()
+
+
+def test_a_zero_weight_needs_no_adapter() -> None:
+    bench = Bench(at_once=False)
+    name = bench.add([1], {"a": 0.0})
+    bench.run()
+    bench.check_tokens(name)
+
+
+def test_steady_use_of_one_adapter_starves_no_other() -> None:
+    """a..c fill the device and never go idle; d needs all of it and must get it some time."""
+    bench = Bench()
+    starving = ""
+    for i in range(60):
+        for adapter in "abc":
+            bench.add([i], {adapter: 1.0}, max_tokens=5)
+        if i == 5:
+            starving = bench.add([7], {"d": 1.0})
+        bench.step()
+        if starving in bench.ends:
+            break
+    assert starving in bench.ends
+    bench.run()
+    bench.check_over()
+
+
+# --- orders -----------------------------------------------------------------------------------------
+
+
+def test_load_waits_and_answers_when_resident() -> None:
+    bench = Bench(at_once=False)
+    call = bench.call("load", digest="a")
+    bench.step()
+    assert call not in bench.answers
+    for _ in range(2):
+        bench.loader.finish(0)
+        bench.step()
+    info = bench.result(call, api.AdapterResidencyInfo)
+    assert info.state is api.AdapterState.DEVICE
+    assert not bench.engine.has_work()
+    states = [(event.before.value, event.after.value) for event in bench.events]
+    assert states == [("absent", "host_loading"), ("host_loading", "host"),
+                      ("host", "device_loading"), ("device_loading", "device")]  # fmt: skip
+
+
+def test_load_without_wait_answers_now_and_loads_all_the_same() -> None:
+    bench = Bench()
+    call = bench.call("load", digest="a", wait=False)
+    assert bench.result(call, api.AdapterResidencyInfo).state is api.AdapterState.ABSENT
+    bench.run()
+    assert bench.engine.adapters()[0].state is api.AdapterState.DEVICE
+
+
+def test_load_reports_failure_and_unknown_digests() -> None:
+    bench = Bench(at_once=False)
+    unknown = bench.call("load", digest="nobody")
+    assert bench.answers[unknown].error == api.ErrorInfo(
+        "adapter_not_found", "no adapter nobody in the store", "adapter_unavailable"
+    )
+    call = bench.call("load", digest="a")
+    bench.step()
+    bench.loader.finish(0, ok=False)
+    bench.step()
+    error = bench.answers[call].error
+    assert error is not None
+    assert error.code == "adapter_load_failed"
+    retry = bench.call("load", digest="a")  # no back-off for an operator
+    bench.loader.at_once = True
+    bench.run()
+    assert bench.result(retry, api.AdapterResidencyInfo).state is api.AdapterState.DEVICE
+
+
+def test_evict_refuses_while_in_use_drains_when_told_and_reports_bytes() -> None:
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=6)
+    while not bench.tokens[name]:
+        bench.step()
+    refused = bench.call("evict", digest="a")
+    assert bench.answers[refused].error is not None
+    drained = bench.call("evict", digest="a", drain=True)
+    late = bench.add([2], {"a": 1.0})
+    assert drained not in bench.answers
+    bench.step()
+    assert not bench.tokens[late]
+    bench.run()
+    assert bench.result(drained, api.FreedBytes) == api.FreedBytes(device_bytes=10)
+    assert bench.ends.keys() == {name, late}
+    both = bench.call("evict", digest="a", tier="host")
+    assert bench.result(both, api.FreedBytes) == api.FreedBytes(device_bytes=10, host_bytes=10)
+
+
+def test_a_drain_that_times_out_serves_again() -> None:
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=30)
+    while not bench.tokens[name]:
+        bench.step()
+    call = bench.call("evict", digest="a", drain=True, timeout_s=0.5)
+    late = bench.add([2], {"a": 1.0}, max_tokens=1)
+    for _ in range(8):
+        bench.step()
+    error = bench.answers[call].error
+    assert error is not None
+    assert error.code == "adapter_in_use"
+    assert late in bench.ends
+
+
+def test_pins_survive_pressure_and_block_what_cannot_fit() -> None:
+    bench = Bench()
+    bench.call("pin", digest="c")
+    bench.run()
+    for adapter in "abab":
+        bench.add([1], {adapter: 1.0})
+    bench.run()
+    states = {info.digest: info.state for info in bench.engine.adapters()}
+    assert states["c"] is api.AdapterState.DEVICE
+    with pytest.raises(AdapterUnavailable) as caught:
+        bench.add([1], {"d": 1.0})
+    assert caught.value.code == "adapter_no_room"
+    bench.call("unpin", digest="c")
+    bench.add([1], {"d": 1.0})
+    bench.run()
+    bench.check_over()
+
+
+def test_a_pin_that_leaves_no_room_fails_who_waits_for_it() -> None:
+    bench = Bench()
+    bench.call("load", digest="a")
+    bench.run()
+    name = bench.add([1], {"d": 1.0})
+    bench.call("pin", digest="a")
+    bench.run()
+    error = bench.ends[name].error
+    assert error is not None
+    assert error.code == "adapter_no_room"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_forget_refuses_drains_or_fails_and_frees_all(force: bool) -> None:
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=6)
+    while not bench.tokens[name]:
+        bench.step()
+    call = bench.call("forget", digest="a", force=force)
+    bench.step()
+    if not force:
+        with pytest.raises(AdapterUnavailable) as caught:
+            bench.add([1], {"a": 1.0})
+        assert caught.value.code == "adapter_deleted"
+    bench.run()
+    freed = bench.result(call, api.FreedBytes)
+    assert freed == api.FreedBytes(device_bytes=10, host_bytes=10)
+    reason = bench.ends[name].finish_reason
+    assert reason is (FinishReason.ERROR if force else FinishReason.LENGTH)
+    assert bench.engine.adapters() == []
+    bench.add([1], {"a": 1.0})  # the same digest may come again
+    bench.run()
+
+
+def test_questions() -> None:
+    bench = Bench()
+    bench.add([1, 2, 3], {"a": 1.0}, max_tokens=20)
+    for _ in range(5):
+        bench.step()
+    stats = bench.result(bench.call("stats"), api.EngineStats)
+    assert stats.num_running == 1
+    assert stats.running_digests == ["a"]
+    memory = bench.result(bench.call("memory"), api.MemoryInfo)
+    assert (memory.kv_blocks_total, memory.kv_blocks_used, memory.adapter_bytes_used) == (64, 2, 10)
+    (request,) = bench.result(bench.call("requests"), list[api.RequestInfo])
+    assert (request.state, request.digests, request.prompt_tokens) == ("running", ["a"], 3)
+    (adapter,) = bench.result(bench.call("adapters"), list[api.AdapterResidencyInfo])
+    assert (adapter.running, adapter.loads) == (1, 1)
+    assert bench.result(bench.call("reset_prefix_cache"), bool) is True
+    error = bench.answers[bench.call("dance")].error
+    assert error is not None
+    assert "unknown method 'dance'" in error.message
+
+
+def test_idle_wait_ends_by_wake_and_does_not_wait_after_a_real_step() -> None:
+    bench = Bench(at_once=False)
+    bench.add([1], {"a": 1.0})
+    bench.step()
+    bench.engine.wake()
+    bench.engine.idle_wait(60)  # would exceed the test's time limit
+    bench.add([1])
+    bench.step()
+    bench.engine.idle_wait(60)
+
+
+# --- anything in any order ----------------------------------------------------------------------------
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Few blocks, little adapter room, slow and failing loads, cancels, orders, failing steps."""
+
+    @initialize(
+        num_blocks=st.integers(6, 20),
+        max_num_seqs=st.integers(1, 5),
+        extra_tokens=st.integers(0, 8),
+        host_bytes=st.sampled_from([0, 20, 60]),
+        prefix_cache=st.booleans(),
+    )
+    def build(self, extra_tokens: int, max_num_seqs: int, **options: Any) -> None:
+        self.bench = Bench(
+            at_once=False,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + extra_tokens,
+            **options,
+        )
+        self.calls: list[int] = []
+        self.num_failed_steps = 0
+
+    @rule(
+        stem=st.sampled_from([0, 1]),
+        length=st.integers(1, 14),
+        max_tokens=st.integers(1, 9),
+        adapters=st.sampled_from(
+            [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"c": 1.0}, {"d": 1.0}]
+        ),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+    )
+    def add(self, stem: int, length: int, **rest: Any) -> None:
+        prompt = [stem, *range(length - 1)]  # so that prefixes are shared often
+        try:
+            self.bench.add(prompt, **rest)
+        except AdapterUnavailable as error:
+            expected = ("adapter_load_failed", "adapter_no_room", "adapter_deleted")
+            assert error.code in expected
+
+    @rule()
+    def step(self) -> None:
+        self.bench.step()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.bench.requests)
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.bench.requests)))
+        assert self.bench.engine.cancel(name) or name not in self.bench.engine._sequences
+
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    @precondition(lambda self: self.bench.loader.under_way)
+    def load_ends(self, data: st.DataObject, ok: bool) -> None:
+        index = data.draw(st.integers(0, len(self.bench.loader.under_way) - 1))
+        self.bench.loader.finish(index, ok=ok)
+
+    @rule()
+    def step_fails(self) -> None:
+        self.bench.runner.fail_next = True
+        self.bench.step()
+        self.bench.runner.fail_next = False
+
+    @rule(
+        method=st.sampled_from(["load", "pin", "unpin", "evict", "forget", "reset_prefix_cache"]),
+        digest=st.sampled_from("abcd"),
+        tier=st.sampled_from(["device", "host"]),
+        wait=st.booleans(),
+        drain=st.booleans(),
+        force=st.booleans(),
+        timeout_s=st.sampled_from([None, 0.0, 0.5]),
+    )
+    def order(self, method: str, **fields: Any) -> None:
+        call_id = len(self.calls)
+        self.bench.engine.call(api.Call(call_id, method, **fields))
+        self.calls.append(call_id)
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "bench"):
+            self.bench.engine.check_invariants()
+
+    def teardown(self) -> None:
+        """Let loads succeed from now on: then everything must end, and be right."""
+        if not hasattr(self, "bench"):
+            return
+        bench = self.bench
+        for digest in "abcd":
+            bench.engine.call(api.Call(-ord(digest), "unpin", digest=digest))
+        bench.loader.succeed_from_now_on()
+        bench.run()
+        bench.check_over()
+        assert set(self.calls) <= bench.answers.keys()
+
+
+def test_anything_in_any_order_ends_right() -> None:
+    run_state_machine_as_test(
+        EngineMachine,
+        settings=settings(
+            max_examples=120,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
