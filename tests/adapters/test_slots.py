@@ -1,0 +1,411 @@
+"""Residency: who loads, who stays, who goes, and that everybody who waits is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from loraplex.adapters.errors import AdapterError, AdapterNotFound
+from loraplex.adapters.residency import AdapterSize, AdapterState, LoadDone, Stage
+from loraplex.adapters.slots import AdapterSlots, WantFailed
+
+SIZES = {"a": 10, "b": 10, "c": 10, "d": 20, "e": 30}
+
+
+class FakeLoader:
+    """Checks that it is asked for sensible things only; loads end when told to."""
+
+    def __init__(self, device_bytes: int) -> None:
+        self.device_bytes = device_bytes
+        self.images: set[str] = set()
+        self.device: set[str] = set()
+        self.under_way: dict[str, Stage] = {}
+        self.begun: list[str] = []
+        self._done: list[LoadDone] = []
+
+    def describe(self, digest: str) -> AdapterSize:
+        if digest not in SIZES:
+            raise AdapterNotFound(f"no adapter {digest} in the store")
+        return AdapterSize(16, 1, SIZES[digest], SIZES[digest])
+
+    def begin_host_load(self, digest: str) -> None:
+        assert digest not in self.under_way
+        assert digest not in self.images
+        self.under_way[digest] = Stage.HOST
+        self.begun.append(digest)
+
+    def begin_device_load(self, digest: str) -> None:
+        assert digest not in self.under_way
+        assert digest in self.images
+        assert digest not in self.device
+        self.device.add(digest)
+        assert sum(SIZES[d] for d in self.device) <= self.device_bytes
+        self.under_way[digest] = Stage.DEVICE
+        self.begun.append(digest)
+
+    def finish(self, digest: str, *, ok: bool = True) -> None:
+        stage = self.under_way.pop(digest)
+        if ok and stage is Stage.HOST:
+            self.images.add(digest)
+        if not ok and stage is Stage.DEVICE:
+            self.device.remove(digest)
+        self._done.append(LoadDone(digest, stage, ok, 0.5, "" if ok else "broken"))
+
+    def drop_device(self, digest: str) -> int:
+        assert digest not in self.under_way
+        self.device.remove(digest)
+        return SIZES[digest]
+
+    def drop_host(self, digest: str) -> int:
+        assert digest not in self.under_way
+        self.images.remove(digest)
+        return SIZES[digest]
+
+    def poll(self) -> list[LoadDone]:
+        done, self._done = self._done, []
+        return done
+
+
+class Bench:
+    def __init__(self, device_bytes: int = 30, host_bytes: int = 60) -> None:
+        self.now = 100.0
+        self.loader = FakeLoader(device_bytes)
+        self.changes: list[tuple[str, str, str, float]] = []
+        self.slots = AdapterSlots(
+            self.loader,
+            device_bytes_total=device_bytes,
+            host_bytes_total=host_bytes,
+            on_transition=lambda d, x, y, s, _: self.changes.append((d, x.value, y.value, s)),
+            patience_s=1.0,
+            clock=lambda: self.now,
+        )
+
+    def states(self) -> dict[str, str]:
+        return {r.digest: r.state.value for r in self.slots.residents()}
+
+    def settle(self) -> list[WantFailed]:
+        """Let every load end well until nothing moves."""
+        failed = self.slots.advance()
+        while self.loader.under_way:
+            for digest in list(self.loader.under_way):
+                self.loader.finish(digest)
+            failed += self.slots.advance()
+            self.slots.check_invariants()
+        return failed
+
+    def bring(self, *digests: str, rank: int = 1000) -> None:
+        for digest in digests:
+            self.slots.want((0, rank), [digest])
+            self.settle()
+            self.slots.unwant((0, rank))
+
+
+def test_a_want_goes_through_the_states_and_is_ready() -> None:
+    bench = Bench()
+    bench.slots.want((0, 1), ["a"])
+    bench.slots.advance()
+    bench.now += 2
+    bench.loader.finish("a")
+    bench.slots.advance()
+    assert not bench.slots.is_ready(["a"])
+    bench.settle()
+    assert bench.slots.is_ready(["a"])
+    assert bench.changes == [
+        ("a", "absent", "host_loading", 0.0),
+        ("a", "host_loading", "host", 2.0),
+        ("a", "host", "device_loading", 0.0),
+        ("a", "device_loading", "device", 0.0),
+    ]
+    assert (bench.slots.num_loads, bench.slots.load_seconds) == (1, 1.0)
+
+
+def test_many_wants_cause_one_load() -> None:
+    bench = Bench()
+    for i in range(5):
+        bench.slots.want((0, i), ["a"])
+        bench.slots.advance()
+    assert bench.loader.begun == ["a"]
+
+
+def test_the_unwanted_go_first_longest_unused_first() -> None:
+    bench = Bench()
+    bench.bring("a", "b", "c")
+    bench.slots.acquire(["a"])
+    bench.slots.release(["a"])
+    bench.slots.want((0, 5), ["d"])  # needs two of the three places
+    bench.settle()
+    assert bench.states() == {"a": "device", "b": "host", "c": "host", "d": "device"}
+    assert bench.slots.get("b").evictions == 1  # type: ignore[union-attr]
+
+
+def test_what_runs_is_pinned_or_wanted_earlier_stays() -> None:
+    bench = Bench()
+    bench.bring("a", "b", "c")
+    bench.slots.acquire(["a"])
+    bench.slots.pin("b")
+    bench.slots.want((0, 1), ["c"])
+    bench.slots.want((0, 2), ["d"])
+    bench.settle()
+    assert bench.states() == {"a": "device", "b": "device", "c": "device", "d": "host"}
+    assert bench.slots.waits_for_room(["d"])
+    bench.slots.unwant((0, 1))
+    bench.slots.release(["a"])
+    bench.settle()
+    assert bench.states() == {"a": "host", "b": "device", "c": "host", "d": "device"}
+
+
+def test_an_earlier_want_takes_the_place_of_a_later_one() -> None:
+    bench = Bench(device_bytes=10)
+    bench.slots.want((0, 5), ["a"])
+    bench.settle()
+    bench.slots.want((0, 1), ["b"])
+    bench.settle()
+    assert bench.states() == {"a": "host", "b": "device"}
+
+
+def test_patience_ends_in_draining_a_busy_adapter() -> None:
+    bench = Bench(device_bytes=10)
+    bench.bring("a")
+    bench.slots.acquire(["a"])
+    bench.slots.want((0, 1), ["b"])
+    bench.settle()
+    assert bench.slots.is_ready(["a"])
+    bench.now += 1.5
+    bench.settle()
+    assert bench.states() == {"a": "draining", "b": "host"}
+    assert not bench.slots.is_ready(["a"])
+    bench.slots.release(["a"])
+    bench.settle()
+    assert bench.states() == {"a": "host", "b": "device"}
+
+
+def test_a_failure_ends_its_wants_and_backs_off() -> None:
+    bench = Bench()
+    bench.slots.want((0, 1), ["a"])
+    bench.slots.want((0, 2), ["a", "b"])
+    bench.slots.want((0, 3), ["b"])
+    bench.slots.advance()
+    bench.loader.finish("a", ok=False)
+    failed = bench.slots.advance()
+    assert [(f.rank, f.code, f.message) for f in failed] == [
+        ((0, 1), "adapter_load_failed", "broken"),
+        ((0, 2), "adapter_load_failed", "broken"),
+    ]
+    for wait_s in (1, 2, 4):  # doubles with each failure in a row
+        bench.now += wait_s - 0.5
+        with pytest.raises(AdapterError, match="broken; tried again in"):
+            bench.slots.check(["a"])
+        bench.now += 0.5
+        bench.slots.check(["a"])
+        bench.slots.want((0, 9), ["a"])
+        bench.slots.advance()
+        bench.loader.finish("a", ok=False)
+        bench.slots.advance()
+    bench.slots.retry("a")
+    bench.slots.check(["a"])
+    bench.slots.want((0, 9), ["a"])
+    assert bench.settle() == []
+    assert bench.slots.is_ready(["a"])
+
+
+def test_a_failed_device_load_gives_its_room_back() -> None:
+    bench = Bench(device_bytes=10)
+    bench.slots.want((0, 1), ["a"])
+    bench.slots.advance()
+    bench.loader.finish("a")
+    bench.slots.advance()
+    bench.loader.finish("a", ok=False)
+    bench.slots.advance()
+    bench.slots.check_invariants()
+    assert (bench.slots.device_bytes_used, bench.slots.host_bytes_used) == (0, 0)
+
+
+@pytest.mark.parametrize("host_bytes", [0, 10, 60])
+def test_loads_work_with_any_host_budget(host_bytes: int) -> None:
+    bench = Bench(device_bytes=30, host_bytes=host_bytes)
+    for i, digest in enumerate("abcde"):
+        bench.slots.want((0, i), [digest])
+        bench.settle()
+        bench.slots.unwant((0, i))
+        assert bench.slots.is_ready([digest])
+        assert bench.slots.host_bytes_used <= host_bytes
+
+
+def test_evicting_to_the_host_makes_the_next_load_skip_the_file() -> None:
+    bench = Bench()
+    bench.bring("a")
+    assert bench.slots.evict_device("a", drain=False) == 10
+    bench.loader.begun.clear()
+    bench.bring("a")
+    assert bench.loader.begun == ["a"]  # one stage, not two
+    assert bench.slots.evict_device("a", drain=False) == 10
+    assert bench.slots.evict_host("a") == 10
+    assert bench.states() == {"a": "absent"}
+    assert bench.slots.evict_device("a", drain=False) == 0
+
+
+def test_nothing_is_dropped_while_it_loads() -> None:
+    bench = Bench()
+    bench.slots.want((0, 1), ["a"])
+    bench.slots.advance()
+    bench.slots.unwant((0, 1))
+    assert bench.slots.evict_host("a") is None
+    assert bench.slots.forget("a") is None
+    bench.settle()
+    assert bench.slots.forget("a") == (0, 10)
+    assert bench.slots.residents() == []
+
+
+def test_orders_that_cannot_be() -> None:
+    bench = Bench()
+    bench.bring("a")
+    bench.slots.acquire(["a"])
+    for order, code in (
+        (lambda: bench.slots.evict_device("a", drain=False), "adapter_in_use"),
+        (lambda: bench.slots.check(["nobody"]), "adapter_not_found"),
+        (lambda: bench.slots.check(["d", "e"]), "adapter_too_large"),
+        (lambda: bench.slots.pin("nobody"), "adapter_not_found"),
+    ):
+        with pytest.raises(AdapterError) as caught:
+            order()
+        assert caught.value.code == code
+    bench.slots.pin("a")
+    with pytest.raises(AdapterError, match=r"30 bytes.*10 bytes of 1 pinned.*30 bytes") as caught:
+        bench.slots.pin("e")
+    assert caught.value.code == "adapter_no_room"
+    with pytest.raises(AdapterError, match=r"needs 30 bytes.*1 pinned adapters hold 10 of 30"):
+        bench.slots.check(["e"])
+
+
+class SlotsMachine(RuleBasedStateMachine):
+    """Sequences come, wait, run and go; loads end or fail; operators pin and evict."""
+
+    @initialize(device_bytes=st.sampled_from([30, 40]), host_bytes=st.sampled_from([0, 20, 90]))
+    def build(self, device_bytes: int, host_bytes: int) -> None:
+        self.bench = Bench(device_bytes, host_bytes)
+        self.waiting: dict[tuple[int, int], list[str]] = {}
+        self.running: list[list[str]] = []
+        self.num_wants = 0
+
+    def advance(self) -> None:
+        for failed in self.bench.slots.advance():
+            del self.waiting[failed.rank]
+
+    @rule(
+        digests=st.lists(st.sampled_from("abcde"), min_size=1, max_size=2, unique=True),
+        priority=st.sampled_from([0, 0, -1]),
+    )
+    def want(self, digests: list[str], priority: int) -> None:
+        try:
+            self.bench.slots.check(digests)
+        except AdapterError:
+            return
+        rank = (priority, self.num_wants)
+        self.num_wants += 1
+        self.bench.slots.want(rank, digests)
+        self.waiting[rank] = digests
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.waiting)
+    def cancel(self, data: st.DataObject) -> None:
+        rank = data.draw(st.sampled_from(sorted(self.waiting)))
+        del self.waiting[rank]
+        self.bench.slots.unwant(rank)
+
+    @rule(limit=st.integers(1, 3))
+    def admit(self, limit: int) -> None:
+        for rank in sorted(self.waiting):
+            if limit and self.bench.slots.is_ready(self.waiting[rank]):
+                limit -= 1
+                digests = self.waiting.pop(rank)
+                self.bench.slots.acquire(digests)
+                self.bench.slots.unwant(rank)
+                self.running.append(digests)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.running)
+    def end(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.running) - 1))
+        self.bench.slots.release(self.running.pop(index))
+
+    @rule(seconds=st.sampled_from([0.1, 1.1, 70.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.bench.now += seconds
+        self.advance()
+
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    @precondition(lambda self: self.bench.loader.under_way)
+    def load_ends(self, data: st.DataObject, ok: bool) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.bench.loader.under_way)))
+        self.bench.loader.finish(digest, ok=ok)
+        self.advance()
+
+    @rule(
+        order=st.sampled_from(["pin", "unpin", "evict", "drain", "undrain", "host", "forget"]),
+        digest=st.sampled_from("abcde"),
+    )
+    def operate(self, order: str, digest: str) -> None:
+        slots = self.bench.slots
+        orders: dict[str, Any] = {
+            "pin": lambda: slots.pin(digest),
+            "unpin": lambda: slots.unpin(digest),
+            "evict": lambda: slots.evict_device(digest, drain=False),
+            "drain": lambda: slots.evict_device(digest, drain=True),
+            "undrain": lambda: slots.stop_draining(digest),
+            "host": lambda: slots.evict_host(digest),
+            "forget": lambda: slots.forget(digest),
+        }
+        try:
+            orders[order]()
+        except AdapterError as error:
+            allowed = {"adapter_in_use", "adapter_pinned", "adapter_no_room"}
+            if error.code not in allowed:
+                raise
+
+    @invariant()
+    def books_agree_with_the_loader(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        slots, loader = self.bench.slots, self.bench.loader
+        slots.check_invariants()
+        assert sum(SIZES[d] for d in loader.device) == slots.device_bytes_used
+        assert loader.images == {r.digest for r in slots.residents() if r.has_host_image}
+        for digests in self.running:
+            assert loader.device.issuperset(digests)
+
+    def teardown(self) -> None:
+        """Nobody starves: with loads that work and sequences that end, every want comes true."""
+        if not hasattr(self, "bench"):
+            return
+        bench = self.bench
+        for digest in SIZES:
+            bench.slots.unpin(digest)
+            bench.slots.stop_draining(digest)
+        for _ in range(20 * (len(self.waiting) + 1)):
+            bench.now += 1.1
+            for digest in list(bench.loader.under_way):
+                bench.loader.finish(digest)
+            self.advance()
+            self.admit(limit=100)
+            if self.running:
+                bench.slots.release(self.running.pop())
+        assert not self.waiting
+        assert not self.running
+        assert all(r.state is not AdapterState.DRAINING for r in bench.slots.residents())
+
+
+def test_any_order_of_events() -> None:
+    run_state_machine_as_test(
+        SlotsMachine, settings=settings(max_examples=150, stateful_step_count=50, deadline=None)
+    )

@@ -1,0 +1,273 @@
+"""KV blocks: what is counted, what is shared, what is forgotten, and in which order."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from loraplex.engine import block_manager as module
+from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.prefix_hash import root_hash
+from loraplex.engine.sequence import Sequence
+
+SIZE = 4
+NUMBERS = count()
+
+
+def sequence(tokens: list[int], adapters: dict[str, float] | None = None, **rest: Any) -> Sequence:
+    uses = tuple(AdapterUse(digest, weight) for digest, weight in (adapters or {}).items())
+    request = GenerationRequest(
+        request_id="r",
+        prompt_token_ids=tokens,
+        sampling=SamplingParams(),
+        adapters=uses,
+        **rest,
+    )
+    return Sequence.from_request(
+        request,
+        seq_id=next(NUMBERS),
+        arrival_time=0.0,
+        max_model_len=1000,
+        eos_token_ids=frozenset(),
+        seed=0,
+    )
+
+
+def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) -> None:
+    """What a step does to a sequence."""
+    end = seq.num_tokens if num_tokens is None else seq.num_computed_tokens + num_tokens
+    blocks.publish(seq, end)
+    seq.num_computed_tokens = end
+
+
+def started(blocks: BlockManager, tokens: list[int], **rest: Any) -> Sequence:
+    seq = sequence(tokens, **rest)
+    assert blocks.allocate(seq)
+    return seq
+
+
+def test_blocks_are_counted_and_come_lowest_first() -> None:
+    blocks = BlockManager(8, SIZE)
+    first, second = started(blocks, [1] * 5), started(blocks, [2] * 9)
+    assert (first.block_table, second.block_table) == ([0, 1], [2, 3, 4])
+    assert (blocks.num_used_blocks, blocks.num_available_blocks) == (5, 3)
+    blocks.free(first)
+    assert started(blocks, [3] * 12).block_table == [0, 1, 5]
+
+
+def test_allocation_is_all_or_nothing() -> None:
+    blocks = BlockManager(3, SIZE)
+    seq = sequence([1] * 12)
+    assert not blocks.allocate(seq, keep_available=1)
+    assert (seq.block_table, blocks.num_available_blocks) == ([], 3)
+    assert blocks.allocate(seq)
+    assert not blocks.grow(seq, 13)
+    assert len(seq.block_table) == 3
+
+
+def test_a_prefix_is_shared_and_counted() -> None:
+    blocks = BlockManager(8, SIZE)
+    first = started(blocks, [*range(10)])
+    compute(blocks, first)
+    second = started(blocks, [*range(8), 77, 78])
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+    assert second.num_computed_tokens == 8
+    assert (blocks.num_queried_tokens, blocks.num_hit_tokens) == (20, 8)
+    blocks.free(first)
+    blocks.check_invariants([second])
+
+
+def test_the_last_token_is_always_left_to_compute() -> None:
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, started(blocks, [*range(8)]))
+    assert started(blocks, [*range(8)]).num_computed_tokens == 4
+
+
+def test_freed_contents_stay_findable_until_their_block_is_needed() -> None:
+    blocks = BlockManager(4, SIZE)
+    first = started(blocks, [*range(12)])
+    compute(blocks, first)
+    blocks.free(first)
+    assert (blocks.num_used_blocks, blocks.num_cached_blocks) == (0, 3)
+    other = started(blocks, [9] * 8)  # takes the free block, then the tail of the chain
+    assert set(other.block_table) == {3, 2}
+    again = started(blocks, [*range(8)])
+    assert again.num_computed_tokens == 4
+    assert again.block_table[0] == 0
+
+
+def test_uncomputed_blocks_are_forgotten() -> None:
+    """The bug this guards: a step that failed after its blocks were published left garbage to be
+    hit.
+    """
+    blocks = BlockManager(8, SIZE)
+    first = started(blocks, [*range(12)])
+    compute(blocks, first, 4)
+    blocks.publish(first, 12)  # scheduled, never run
+    blocks.free(first)
+    assert started(blocks, [*range(12)]).num_computed_tokens == 4
+
+
+def test_a_partly_filled_block_is_never_shared() -> None:
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, started(blocks, [*range(7)]))
+    assert started(blocks, [*range(7)]).num_computed_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"adapters": {"a": 1.0}},
+        {"adapters": {"a": 0.5, "b": 2.0}},
+        {"adapters": {"a": 0.5, "b": 1.0}, "cache_salt": "s"},
+        {"adapters": {"ab": 0.5}},
+        {},
+    ],
+)
+def test_only_the_same_composition_and_salt_hit(other: dict[str, Any]) -> None:
+    blocks = BlockManager(16, SIZE)
+    compute(blocks, started(blocks, [*range(9)], adapters={"a": 0.5, "b": 1.0}))
+    assert started(blocks, [*range(9)], **other).num_computed_tokens == 0
+    same = started(blocks, [*range(9)], adapters={"b": 1.0, "c": 0.0, "a": 0.5})
+    assert same.num_computed_tokens == 8
+
+
+def test_root_hash_fields_cannot_run_into_each_other() -> None:
+    roots = [
+        root_hash((), ""),
+        root_hash((), "a"),
+        root_hash((("a", 1.0),), ""),
+        root_hash((("a", 1.0), ("b", 1.0)), ""),
+        root_hash((("ab", 1.0),), ""),
+        root_hash((("a", 2.0),), ""),
+    ]
+    assert len(set(roots)) == len(roots)
+
+
+def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "block_hashes", lambda seq, n, size: [b"same"] * n)
+    blocks = BlockManager(8, SIZE)
+    compute(blocks, started(blocks, [1] * 5))
+    assert started(blocks, [2] * 5).num_computed_tokens == 0
+    assert started(blocks, [1] * 5).num_computed_tokens == 4
+
+
+def test_reset_forgets_contents_and_keeps_holders() -> None:
+    blocks = BlockManager(8, SIZE)
+    running, gone = started(blocks, [1] * 9), started(blocks, [2] * 9)
+    for seq in (running, gone):
+        compute(blocks, seq)
+    blocks.free(gone)
+    blocks.reset_prefix_cache()
+    assert (blocks.num_cached_blocks, blocks.num_used_blocks) == (0, 3)
+    for tokens in ([1] * 9, [2] * 9):
+        seq = started(blocks, tokens)
+        assert seq.num_computed_tokens == 0
+        blocks.free(seq)
+    blocks.check_invariants([running])
+
+
+class BlockMachine(RuleBasedStateMachine):
+    """Sequences with few distinct prefixes on few blocks, against a memory of what each block
+    holds.
+    """
+
+    @initialize(num_blocks=st.integers(3, 16), cache=st.booleans())
+    def build(self, num_blocks: int, cache: bool) -> None:
+        self.blocks = BlockManager(num_blocks, SIZE, enable_prefix_cache=cache)
+        self.live: list[Sequence] = []
+        self.contents: dict[int, object] = {}  # slot -> what was computed into it
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        return seq.block_table[position // SIZE] * SIZE + position % SIZE
+
+    def expected(self, seq: Sequence, position: int) -> object:
+        return (seq.composition, seq.request.cache_salt, tuple(seq.token_ids[: position + 1]))
+
+    @rule(
+        stem=st.integers(0, 1),
+        length=st.integers(1, 20),
+        adapters=st.sampled_from([{}, {"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0}]),
+        cache_salt=st.sampled_from(["", "", "s"]),
+        keep_available=st.integers(0, 2),
+    )
+    def add(self, stem: int, length: int, keep_available: int, **rest: Any) -> None:
+        seq = sequence([stem, *range(length - 1)], **rest)
+        before = self.blocks.num_available_blocks
+        if self.blocks.allocate(seq, keep_available=keep_available):
+            self.live.append(seq)
+            assert self.blocks.num_available_blocks >= keep_available
+            assert seq.num_computed_tokens < seq.num_tokens
+        else:
+            assert self.blocks.num_available_blocks == before
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.live)
+    def run(self, data: st.DataObject) -> None:
+        """Compute some tokens; at the end of the sequence, append one."""
+        seq = data.draw(st.sampled_from(self.live))
+        if seq.num_uncomputed_tokens == 0:
+            seq.token_ids.append(data.draw(st.integers(0, 1)))
+            if not self.blocks.grow(seq, seq.num_tokens):
+                seq.token_ids.pop()
+                return
+        end = seq.num_computed_tokens + data.draw(st.integers(1, seq.num_uncomputed_tokens))
+        self.blocks.publish(seq, end)
+        for position in range(seq.num_computed_tokens, end):
+            slot = self.slot(seq, position)
+            holders = [s for s in self.live if slot // SIZE in s.block_table]
+            assert holders == [seq], "a shared block is written"
+            self.contents[slot] = self.expected(seq, position)
+        seq.num_computed_tokens = end
+
+    @rule(data=st.data(), published=st.booleans())
+    @precondition(lambda self: self.live)
+    def free(self, data: st.DataObject, published: bool) -> None:
+        seq = data.draw(st.sampled_from(self.live))
+        if published:  # scheduled, but the step never ran
+            self.blocks.publish(seq, seq.num_tokens)
+        self.live.remove(seq)
+        self.blocks.free(seq)
+
+    @rule()
+    def reset(self) -> None:
+        self.blocks.reset_prefix_cache()
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "blocks"):
+            blocks = self.blocks
+            blocks.check_invariants(self.live)
+            assert blocks.num_used_blocks + blocks.num_available_blocks == blocks.num_blocks
+
+    @invariant()
+    def every_computed_token_is_still_where_the_table_says(self) -> None:
+        for seq in getattr(self, "live", []):
+            for position in range(seq.num_computed_tokens):
+                assert self.contents[self.slot(seq, position)] == self.expected(seq, position)
+
+    def teardown(self) -> None:
+        if hasattr(self, "blocks"):
+            for seq in self.live:
+                self.blocks.free(seq)
+            assert self.blocks.num_used_blocks == 0
+
+
+def test_any_order_of_operations() -> None:
+    run_state_machine_as_test(
+        BlockMachine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None)
+    )
