@@ -75,6 +75,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     code: str
     message: str
+    kind: str = ""  # the code of its EngineError class, where `code` is more special than that
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
