@@ -1,0 +1,150 @@
+"""The loader: off the engine's thread, tables untouched until `poll`, every end reported once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraplex.adapters.errors import AdapterError, AdapterNotFound
+from loraplex.adapters.pool import PagePool
+from loraplex.adapters.residency import LoadDone, Stage
+from loraplex.engine.adapter_loader import AdapterLoader
+from loraplex.engine.model_config import read_model_config
+
+
+class Watched:
+    """A loader on a pool of `num_frames`, and an event that its thread sets at each end."""
+
+    def __init__(self, model: Path, store: Path, num_frames: int) -> None:
+        config = read_model_config(model)
+        shapes, cpu = config.module_shapes, torch.device("cpu")
+        frame = PagePool(config.num_layers, shapes, 1 << 30, torch.float32, cpu).frame_bytes
+        self.pool = PagePool(config.num_layers, shapes, num_frames * frame, torch.float32, cpu)
+        self.loader = AdapterLoader(store, self.pool, config.modules())
+        self._ended = threading.Event()
+        self.loader.on_done = self._ended.set
+
+    def wait(self) -> LoadDone:
+        while True:
+            if done := self.loader.poll():
+                assert len(done) == 1
+                return done[0]
+            assert self._ended.wait(20), "no load ended"
+            self._ended.clear()
+
+    def load(self, digest: str) -> None:
+        self.loader.begin_host_load(digest)
+        assert self.wait().ok
+        self.loader.begin_device_load(digest)
+        assert self.wait().ok
+
+
+@pytest.fixture
+def digests(
+    tiny_model: Any, tiny_adapters: Any, store_adapters: Any, tmp_path: Path
+) -> dict[str, str]:
+    model = tiny_model("llama")
+    stored: dict[str, str] = store_adapters(tmp_path, model, tiny_adapters(model))
+    return stored
+
+
+@pytest.fixture
+def watched(tiny_model: Any, digests: dict[str, str], tmp_path: Path) -> Iterator[Watched]:
+    watched = Watched(tiny_model("llama"), tmp_path, num_frames=9)
+    yield watched
+    watched.loader.close()
+
+
+def test_through_both_stages_and_back(watched: Watched, digests: dict[str, str]) -> None:
+    digest, pool, loader = digests["rank24"], watched.pool, watched.loader
+    expected = loader.describe(digest)
+    assert (expected.rank, expected.pages) == (24, 2)
+    assert loader.poll() == []
+    loader.begin_host_load(digest)
+    done = watched.wait()
+    assert (done.digest, done.stage, done.ok, done.error) == (digest, Stage.HOST, True, "")
+    assert pool.bytes_used == 0
+    loader.begin_device_load(digest)
+    assert pool.bytes_used == expected.device_bytes, "room is taken at once"
+    assert digest not in pool, "the tables change in poll"
+    assert watched.wait().stage is Stage.DEVICE
+    assert digest in pool
+    pool.check_invariants()
+    assert loader.drop_device(digest) == expected.device_bytes
+    assert loader.drop_host(digest) == expected.host_bytes
+    assert pool.bytes_used == 0
+
+
+def test_a_missing_adapter_is_said_at_once(watched: Watched) -> None:
+    with pytest.raises(AdapterNotFound):
+        watched.loader.describe("0" * 64)
+
+
+def test_files_that_vanish_are_reported(
+    watched: Watched, digests: dict[str, str], tmp_path: Path
+) -> None:
+    digest = digests["all"]
+    watched.loader.describe(digest)
+    (tmp_path / digest[:2] / digest / "adapter_model.safetensors").unlink()
+    watched.loader.begin_host_load(digest)
+    done = watched.wait()
+    assert not done.ok
+    assert done.code == "adapter_corrupt"
+    watched.load(digests["qv"])  # the thread lives on
+
+
+def test_no_room_is_reported_like_any_end(watched: Watched, digests: dict[str, str]) -> None:
+    watched.load(digests["patterns"])
+    watched.load(digests["all"])
+    watched.loader.begin_host_load(digests["rank24"])
+    watched.wait()
+    watched.loader.begin_device_load(digests["rank24"])
+    done = watched.wait()
+    assert (done.stage, done.ok, done.code) == (Stage.DEVICE, False, "adapter_memory")
+    watched.pool.check_invariants()
+
+
+def test_an_adapter_larger_than_the_pool_can_never_be_loaded(
+    tiny_model: Any, digests: dict[str, str], tmp_path: Path
+) -> None:
+    watched = Watched(tiny_model("llama"), tmp_path, num_frames=1)
+    with pytest.raises(AdapterError, match="--adapter-memory") as caught:
+        watched.loader.describe(digests["all"])
+    assert caught.value.code == "adapter_too_large"
+    watched.loader.close()
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_model: Any, digests: dict[str, str], tmp_path: Path
+) -> None:
+    watched = Watched(tiny_model("llama", hidden_size=32), tmp_path, num_frames=9)
+    with pytest.raises(AdapterError, match="another base model"):
+        watched.loader.describe(digests["all"])
+    watched.loader.close()
+
+
+def test_the_loader_computes_with_one_thread_and_the_engine_with_all(
+    watched: Watched, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a load would take the processors from the running step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen: list[int] = []
+        build = watched.pool.build_image
+
+        def build_image(loaded: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return build(loaded)
+
+        monkeypatch.setattr(watched.pool, "build_image", build_image)
+        watched.load(digests["all"])
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
