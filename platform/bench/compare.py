@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from loraplex.platform.bench import models, workload
-from loraplex.platform.bench.loadgen import LoadGenerator
+from loraplex.platform.bench.loadgen import LoadGenerator, drive
 from loraplex.platform.bench.measure import RequestRecord, summarize
 from loraplex.platform.bench.peer import BaselinePeer, ServerPeer
 from loraplex.platform.bench.upload import upload_folder
@@ -187,7 +187,7 @@ class Comparison:
         plan = self._plan(adapters, clients * self.waves)
         generator = LoadGenerator(server.url, "base", adapters, concurrency=clients)
         prompts = workload.prompts(plan, self.shape.vocab_size, seed)
-        return summarize(asyncio.run(generator.run(plan, prompts))).as_dict()
+        return summarize(drive(generator.run(plan, prompts))).as_dict()
 
     def _warm(self, server: ServerPeer, names: list[str]) -> None:
         """Load every adapter, and let every batch size that is coming be met once."""
@@ -227,10 +227,10 @@ class Comparison:
             for name in hot:
                 _post(f"{server.url}/v1/admin/adapters/{name}/pin")
             still, turning = names[HOT_ADAPTERS:ROOM_FOR], names[HOT_ADAPTERS:IN_ROTATION]
-            asyncio.run(self._hot_and_cold(server, hot, still, seed=97))
+            drive(self._hot_and_cold(server, hot, still, seed=97))
             for number in range(self.rounds):
                 for case, cold in (("rotation, no loads", still), ("rotation, loads", turning)):
-                    result = asyncio.run(self._hot_and_cold(server, hot, cold, 2000 + 2 * number))
+                    result = drive(self._hot_and_cold(server, hot, cold, 2000 + 2 * number))
                     self._note(f"round {number + 1}/{self.rounds}", case, result)
 
     async def _hot_and_cold(

@@ -103,8 +103,11 @@ def show(
     if as_json:
         output.print_json(found)
         return
+    found["versions"] = [v["version"] for v in found.get("versions", [])]
     rows = output.table("", "")
-    for key, value in found.items():
+    rows.columns[1].overflow = "fold"
+    first = {key: found[key] for key in ("id", "version", "status", "residency") if key in found}
+    for key, value in (first | found).items():
         if key.endswith("_bytes"):
             shown = output.size(value)
         elif key.endswith("_at"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 import time
 from contextlib import nullcontext
@@ -317,14 +316,17 @@ def _warm(
     generator: Any, plan: list[PlannedRequest], vocab_size: int, count: int, seed: int
 ) -> None:
     from loraplex.platform.bench import workload
+    from loraplex.platform.bench.loadgen import drive
 
     first = [workload.PlannedRequest(p.adapter, p.prompt_len, 2) for p in plan[:count]]
     if first:
-        asyncio.run(generator.run(first, workload.prompts(first, vocab_size, seed + 1)))
+        drive(generator.run(first, workload.prompts(first, vocab_size, seed + 1)))
 
 
 def _with_progress(generator: Any, plan: Any, prompts: Any, *, show: bool) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from loraplex.platform.bench.loadgen import drive
 
     # Few redraws: the bar would otherwise compete with the server for the processor.
     console = output.stderr()
@@ -339,7 +341,7 @@ def _with_progress(generator: Any, plan: Any, prompts: Any, *, show: bool) -> An
     )
     with progress:
         task = progress.add_task("requests", total=len(plan))
-        return asyncio.run(generator.run(plan, prompts, lambda record: progress.advance(task)))
+        return drive(generator.run(plan, prompts, lambda record: progress.advance(task)))
 
 
 def _status(text: str, *, show: bool) -> Any:

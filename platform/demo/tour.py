@@ -22,7 +22,7 @@ from rich.table import Table
 PAIRS_PER_SKILL = 2
 MAX_TOKENS = 48
 TIMEOUT_S = 120.0
-_POLL_S = 0.005
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,9 @@ async def _tour(url: str, assets: Path, console: Console) -> bool:
         _head(console, f"4. Evict {name} to disk, then call it again")
         freed = await _post(http, f"/v1/admin/adapters/{name}/evict", {"tier": "host"})
         again = await _ask(http, questions[0])
-        console.print(f"freed {_freed(freed)}; asked again, it came back by itself:")
+        console.print(
+            f"freed {_freed(freed)}; asked again, it came back by itself:", soft_wrap=True
+        )
         console.print(_answers_table([again]))
 
     _head(console, "5. Your turn")
@@ -209,14 +211,13 @@ async def _residency_table(http: httpx.AsyncClient) -> Table:
     response = await http.get("/v1/admin/slots")
     _check(response)
     slots = response.json()
-    rows = _table("adapter", ">rank", ">pages", ">kB on the device", ">requests", "state")
+    rows = _table("adapter", ">rank", ">pages", ">kB on the device", "state")
     for slot in sorted(slots["data"], key=lambda s: str(s["id"])):
         rows.add_row(
             str(slot["id"]),
             str(slot["rank"]),
             str(slot["pages"]),
             f"{slot['device_bytes'] / 1e3:.0f}",
-            str(slot["hits"]),
             slot["state"],
         )
     return rows
@@ -229,7 +230,7 @@ def _answers_table(answers: Iterable[Answer]) -> Table:
         if a.question.expected is None:
             verdict = "[dim]no adapter, no skill[/]"
         elif not a.right:
-            verdict = f"[bold red]wrong[/]: {escape(a.question.expected)}"
+            verdict = f"[bold red]wrong[/], should be {escape(a.question.expected)}"
         rows.add_row(
             escape(a.question.text),
             a.question.adapter or "[dim]base[/]",

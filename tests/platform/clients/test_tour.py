@@ -91,7 +91,7 @@ class Api:
         return 200, {"evicted": True, "freed": {"device_bytes": 4000, "host_bytes": 8000}}
 
     def slot(self, name: str) -> dict[str, Any]:
-        figures = {"rank": 8, "pages": 1, "device_bytes": 4000, "hits": 2}
+        figures = {"rank": 8, "pages": 1, "device_bytes": 4000}
         return {"id": name, "state": "device", **figures}
 
 
@@ -125,7 +125,7 @@ def test_one_wrong_answer_fails_the_tour_and_is_shown(stub: Any, api: Api, asset
     right, shown = take(stub, assets)
     assert not right
     assert "4 of 5 right" in shown
-    assert 'wrong: {"a": 1}' in shown
+    assert 'wrong, should be {"a": 1}' in shown
 
 
 def test_the_base_model_is_asked_but_not_judged(stub: Any, api: Api, assets: Path) -> None:
