@@ -4,9 +4,10 @@ Rows that only take the most likely token pay for one `max`; every other feature
 that asked for it. A row's outcome depends on nothing but its own logits, parameters, seed and
 position, so it is the same whatever shares the batch and after a preemption.
 
-Order: bias, allowed and suppressed tokens; penalties; temperature; top-k; top-p; min-p. The last
-three each keep a prefix of the tokens sorted by probability, so together they are one prefix.
-Log-probabilities are of the raw logits.
+Order: bias, allowed and suppressed tokens; penalties; temperature; top-k; top-p; min-p. Nothing is
+sorted: whether a token is in the nucleus can be asked of the token alone (how much mass lies above
+it?), so top-p draws and asks again until the answer is yes. Tokens of equal probability are kept or
+dropped together. Log-probabilities are of the raw logits.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ from loraplex.engine.api import SamplingParams, TokenLogprobs
 from loraplex.engine.seams import ScheduledSequence
 from loraplex.engine.sequence import Sequence
 
-# The filters look at this many of the likeliest tokens first; the few rows that keep more are
-# sorted in full. The number is fixed, not fitted to the batch: how ties fall depends on it.
-SHORTLIST = 1024
-
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step
 GREEDY_BELOW = 1e-5  # a temperature so low that dividing by it could overflow
 
 
@@ -42,7 +40,6 @@ class _Traits:
     greedy: bool
     edits: bool  # bias, allowed or suppressed tokens, which change single logits
     penalties: bool
-    filters: bool
     plain: bool  # nothing but the most likely token
 
     @classmethod
@@ -54,7 +51,6 @@ class _Traits:
             greedy=greedy,
             edits=edits,
             penalties=penalties,
-            filters=p.top_k > 0 or p.top_p < 1 or p.min_p > 0,
             plain=greedy and not edits and not penalties and p.logprobs is None,
         )
 
@@ -122,22 +118,10 @@ class Sampler:
         if not rows:
             return token_ids
         drawing = [sequences[i] for i in rows]
-        uniforms = torch.from_numpy(
-            uniform([s.seed for s in drawing], [s.num_tokens for s in drawing])
-        ).to(self._device)
         temperatures = torch.tensor([s.sampling.temperature for s in drawing], device=self._device)
         probs = torch.softmax(logits[rows] / temperatures[:, None], dim=-1)
-        for filtered in (False, True):
-            part = [j for j, i in enumerate(rows) if traits[i].filters == filtered]
-            if not part:
-                continue
-            if filtered:
-                params = [drawing[j].sampling for j in part]
-                drawn = _draw_filtered(probs[part], uniforms[part], params)
-            else:
-                drawn = _draw(probs[part], uniforms[part])
-            for j, token_id in zip(part, drawn.tolist(), strict=True):
-                token_ids[rows[j]] = token_id
+        for i, token_id in zip(rows, _draw(probs, drawing).tolist(), strict=True):
+            token_ids[i] = token_id
         return token_ids
 
     def _traits_of(self, seq: Sequence) -> _Traits:
@@ -188,16 +172,18 @@ class Sampler:
         return seen
 
 
-def uniform(seeds: list[int], positions: list[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """One number in [0, 1) for each (seed, position): counter-based, so no state and no order.
+def uniform(
+    seeds: list[int], positions: list[int], attempt: int = 0
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """A number in [0, 1) for each (seed, position, attempt): counter-based, no state, no order.
 
     The output function of SplitMix64 (Steele, Lea, Flood 2014), once to spread the seed and once on
-    the position's place in the seed's stream.
+    the place in the seed's stream.
     """
     with np.errstate(over="ignore"):
         state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-        offsets = np.array(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = _mix(_mix(state + np.uint64(0x9E3779B97F4A7C15)) + offsets)
+        places = np.array(positions, dtype=np.uint64) + np.uint64(attempt << 40)
+        mixed = _mix(_mix(state + GOLDEN) + places * GOLDEN)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -209,50 +195,65 @@ def _mix(
     return x ^ (x >> np.uint64(31))
 
 
-def _draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the distribution. probs: `[R, N]` up to a factor, uniforms: `[R]` -> `[R]`."""
-    cumulative = probs.double().cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    # Rounding may push the target to the very end, past the last token that has any probability.
-    last = (probs > 0).long().mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
-    return torch.minimum(index, last)
+def _draw(probs: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Draw a token for each row from what its filters keep. probs: `[R, vocab]` -> `[R]`."""
+    params = [seq.sampling for seq in sequences]
+    seeds, positions = [seq.seed for seq in sequences], [seq.num_tokens for seq in sequences]
+    if any(p.top_k > 0 for p in params):
+        probs = _keep_top_k(probs, [p.top_k for p in params])
+    candidates = probs
+    if any(p.min_p > 0 for p in params):
+        min_p = torch.tensor([p.min_p for p in params], device=probs.device)
+        floor = min_p[:, None] * probs.amax(-1, keepdim=True)
+        candidates = torch.where(probs >= floor, probs, 0.0)
+    tokens = _invert(candidates, uniform(seeds, positions))
+
+    rows = [i for i, p in enumerate(params) if p.top_p < 1]
+    attempt = 0
+    while rows:
+        attempt += 1
+        top_p = torch.tensor([params[i].top_p for i in rows], device=probs.device)
+        base, chosen = probs[rows], tokens[rows]
+        drawn = base.gather(1, chosen[:, None])
+        above = torch.where(base > drawn, base, 0.0).sum(-1)
+        refused = (above >= top_p * base.sum(-1)) & (above > 0)  # the likeliest always stays
+        kept = refused.nonzero()[:, 0]
+        rows = [rows[i] for i in kept.tolist()]
+        if rows:
+            # What is not likelier than a refused token would be refused, too.
+            left = candidates[rows]
+            candidates = candidates.clone() if candidates is probs else candidates
+            candidates[rows] = left = torch.where(left > drawn[kept], left, 0.0)
+            numbers = uniform([seeds[i] for i in rows], [positions[i] for i in rows], attempt)
+            tokens[rows] = _invert(left, numbers)
+    return tokens
 
 
-def _draw_filtered(probs: Tensor, uniforms: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Top-k, top-p and min-p. probs: `[R, vocab]` -> `[R]` token ids."""
-    drawn, settled = _draw_prefix(probs, uniforms, params, min(SHORTLIST, probs.shape[1]))
-    late = [i for i, done in enumerate(settled.tolist()) if not done]
-    if late:
-        drawn[late], _ = _draw_prefix(
-            probs[late], uniforms[late], [params[i] for i in late], probs.shape[1]
-        )
-    return drawn
+def _keep_top_k(probs: Tensor, top_k: list[int]) -> Tensor:
+    """Rows with `top_k <= 0` stay whole."""
+    vocab_size = probs.shape[1]
+    rows = [i for i, k in enumerate(top_k) if 0 < k < vocab_size]
+    if not rows:
+        return probs
+    counts = torch.tensor([top_k[i] for i in rows], device=probs.device)
+    part = probs[rows]
+    least = part.topk(int(counts.max()), dim=-1).values.gather(1, counts[:, None] - 1)
+    probs = probs.clone()
+    probs[rows] = torch.where(part >= least, part, 0.0)
+    return probs
 
 
-def _draw_prefix(
-    probs: Tensor, uniforms: Tensor, params: list[SamplingParams], width: int
-) -> tuple[Tensor, Tensor]:
-    """Draw from what the filters keep of the `width` likeliest tokens.
-
-    Returns token ids `[R]`, and `[R]` bool: whether the filters really end inside that width.
-    """
-    device, vocab_size = probs.device, probs.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab_size for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    min_p = torch.tensor([p.min_p for p in params], device=device)
-    values, ids = probs.topk(width, dim=-1)
-    values = torch.where(torch.arange(width, device=device) < top_k[:, None], values, 0.0)
-    cumulative = values.double().cumsum(-1)
-    # With top-k the shares are of what top-k kept, else of everything.
-    total = torch.where(top_k <= width, cumulative[:, -1], probs.double().sum(-1))
-    before = cumulative - values
-    kept = before < (top_p * total)[:, None]
-    kept &= values >= min_p[:, None] * values[:, :1]
-    kept[:, 0] = True  # top_p = 0 still keeps the likeliest
-    ends_inside = ~kept[:, -1] | (top_k <= width) | (width == vocab_size)
-    index = _draw(torch.where(kept, values, 0.0), uniforms)
-    return ids.gather(1, index[:, None])[:, 0], ends_inside
+def _invert(weights: Tensor, uniforms: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Tensor:
+    """Invert the distribution function. weights: `[R, N]`, any positive sum -> index `[R]`."""
+    cumulative = weights.cumsum(-1)
+    numbers = torch.from_numpy(uniforms).to(weights.device)[:, None]
+    targets = (numbers * cumulative[:, -1:]).to(cumulative.dtype)
+    index = torch.searchsorted(cumulative, targets, right=True).clamp_(max=weights.shape[1] - 1)
+    # Rounding may push a target to the very end, past the last token with any weight.
+    stray = weights.gather(1, index) == 0
+    if bool(stray.any()):
+        index = torch.where(stray, weights.argmax(-1, keepdim=True), index)
+    return index[:, 0]
 
 
 def token_logprobs(logits: Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogprobs]:
