@@ -271,7 +271,7 @@ def test_the_base_models_name_is_taken(http: httpx.Client, good: Any, nothing_le
 
 
 def test_missing_parts(http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
-    refused(http.post("/v1/adapters", data={"name": "broken"}), 400, 422)
+    refused(http.post("/v1/adapters", data={"name": "broken"}), 415)
     refused(http.post("/v1/adapters", json={"name": "broken"}), 400, 415, 422)
     refused(http.post("/v1/adapters", data={"name": "broken"}, files={"config": b"{}"}), 400, 422)
     refused(http.post("/v1/adapters", data={"name": "x", "metadata": "{"}, files={"config": b"{}", "weights": b""}), 400, 422)
