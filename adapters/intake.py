@@ -1,0 +1,53 @@
+"""The one door for adapters from outside: two files in a folder become a manifest, or a refusal.
+
+What the platform calls after an upload has been written or unpacked. Changes nothing on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraplex.adapters.config import read_config
+from loraplex.adapters.errors import AdapterRefused, Problem
+from loraplex.adapters.header import read_header
+from loraplex.adapters.limits import Limits
+from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, ModuleShape
+from loraplex.adapters.validation import describe, examine
+
+
+def inspect(
+    folder: Path,
+    modules: Sequence[ModuleShape],
+    limits: Limits | None = None,
+    base_model: str | None = None,
+) -> AdapterManifest:
+    """Check the adapter in `folder` against the base model and describe it.
+
+    folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+    modules: every linear module of the base model that can be adapted.
+    base_model: the served model's name, compared with the config's for a warning.
+
+    Raises: AdapterRefused with every problem of both files.
+    """
+    limits = limits or Limits()
+    problems: list[Problem] = []
+    config = header = None
+    try:
+        with (folder / CONFIG_FILE).open("rb") as file:
+            config, problems = read_config(file.read(limits.max_config_bytes + 1), limits)
+    except FileNotFoundError:
+        problems.append(Problem("config_missing", f"there is no {CONFIG_FILE}", file=CONFIG_FILE))
+    try:
+        header = read_header(folder / WEIGHTS_FILE, limits)
+    except FileNotFoundError:
+        message = f"there is no {WEIGHTS_FILE}"
+        problems.append(Problem("weights_missing", message, file=WEIGHTS_FILE))
+    except AdapterRefused as refused:
+        problems += refused.problems
+    findings = examine(config, header, folder, modules, limits)
+    problems += findings.problems
+    if problems:
+        raise AdapterRefused(problems)
+    assert config is not None, "no config and no problem"
+    return describe(config, findings, folder, modules, base_model)

@@ -1,0 +1,289 @@
+"""Adapter files on disk, by content: `root/<first two>/<digest>/` holds the two files and the manifest.
+
+An adapter is either wholly there or not at all. It is built in `root/.staging/<random>/`, made durable, and moved into place
+by one rename; it is removed by one rename into `root/.trash/`. A crash at any point leaves the old or the new state
+plus at most a left-over folder, which `sweep` clears at the next start. Several processes may share a root.
+
+Knows nothing of names, versions or owners: that is the registry's. A digest that two owners share is stored once, so
+the registry removes it only when nobody refers to it any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from loraplex.adapters.errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    AdapterRefused,
+    Problem,
+    StorageFull,
+)
+from loraplex.adapters.manifest import (
+    MANIFEST_FILE,
+    AdapterManifest,
+    FileStamp,
+)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class StagedFile:
+    """A file that is hashed and bounded as its bytes arrive. Closing makes it durable."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._file: BinaryIO = path.open("xb")
+        self._sha = hashlib.sha256()
+        self.name = path.name
+        self.limit = limit
+        self.size_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Raises: AdapterRefused past the limit; StorageFull."""
+        self.size_bytes += len(data)
+        if self.size_bytes > self.limit:
+            message = f"{self.name} exceeds the limit of {self.limit} bytes"
+            raise AdapterRefused([Problem("file_too_large", message, file=self.name)])
+        self._sha.update(data)
+        with _room():
+            self._file.write(data)
+
+    @property
+    def stamp(self) -> FileStamp:
+        return FileStamp(self.size_bytes, self._sha.hexdigest())
+
+    def close(self) -> None:
+        with self._file, _room():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:  # the staging folder goes; what the buffer still holds may not fit the disk
+            with suppress(OSError):
+                self._file.close()
+
+
+class Staging:
+    """A folder of one upload under way. It vanishes with its `with` block unless committed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def writer(self, name: str, limit: int) -> StagedFile:
+        """A new file in the folder. name: ours, never the client's."""
+        assert Path(name).name == name, f"{name!r} is no plain file name"
+        return StagedFile(self.path / name, limit)
+
+
+class AdapterStore:
+    """The store under `root`. All methods block on the disk; all are safe from any thread and process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._staging = root / ".staging"
+        self._trash = root / ".trash"
+        for folder in (root, self._staging, self._trash):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def path(self, digest: str) -> Path:
+        """Where an adapter's folder is or would be. digest: hex, without `sha256:`.
+
+        Raises: AdapterNotFound if it is no digest.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise AdapterNotFound(f"{digest[:80]!r} is no adapter digest")
+        return self.root / digest[:2] / digest
+
+    def exists(self, digest: str) -> bool:
+        return (self.path(digest) / MANIFEST_FILE).is_file()
+
+    def manifest(self, digest: str) -> AdapterManifest:
+        """Raises: AdapterNotFound, AdapterCorrupt."""
+        try:
+            raw = (self.path(digest) / MANIFEST_FILE).read_bytes()
+        except FileNotFoundError:
+            raise AdapterNotFound(f"adapter {digest[:12]} is not in the store") from None
+        manifest = AdapterManifest.from_json(raw)
+        if manifest.digest != digest:
+            raise AdapterCorrupt(f"the folder of {digest[:12]} holds {manifest.digest[:12]}")
+        return manifest
+
+    def digests(self) -> Iterator[str]:
+        """Every adapter that is there."""
+        for shard in sorted(self.root.glob("[0-9a-f][0-9a-f]")):
+            yield from sorted(p.name for p in shard.iterdir() if _DIGEST.fullmatch(p.name))
+
+    def disk_bytes(self, digest: str) -> int:
+        """Size of an adapter's files; 0 if it is not there."""
+        return _folder_bytes(self.path(digest))
+
+    def verify(self, digest: str) -> AdapterManifest:
+        """Read every byte and compare it with the manifest.
+
+        Raises: AdapterNotFound, AdapterCorrupt.
+        """
+        manifest = self.manifest(digest)
+        for name, stamp in manifest.files.items():
+            try:
+                with (self.path(digest) / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise AdapterCorrupt(f"{name} of {digest[:12]}: {error.strerror}") from None
+            if found != stamp.sha256:
+                raise AdapterCorrupt(f"{name} of {digest[:12]} has changed since it was stored")
+        return manifest
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def staging(self) -> Iterator[Staging]:
+        """A folder of one's own to build an adapter in; gone afterwards whatever happens."""
+        folder = self._staging / uuid.uuid4().hex
+        with self._locked(), _room():
+            folder.mkdir()
+            mine = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            # Held until the upload ends or its process dies: how another process's sweep tells the two apart.
+            fcntl.flock(mine, fcntl.LOCK_EX)
+        try:
+            yield Staging(folder)
+        finally:
+            os.close(mine)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, staging: Staging, manifest: AdapterManifest) -> Path:
+        """Make a staged adapter part of the store; returns its folder. The same content twice is stored once.
+
+        When this returns, the adapter survives a power cut. Raises: StorageFull.
+        """
+        for leftover in set(os.listdir(staging.path)) - set(manifest.files):
+            (staging.path / leftover).unlink()
+        raw = manifest.to_json()
+        with staging.writer(MANIFEST_FILE, len(raw)) as file:
+            file.write(raw)
+        target = self.path(manifest.digest)
+        with _room(), self._locked():
+            _sync(staging.path)
+            target.parent.mkdir(exist_ok=True)
+            _sync(self.root)
+            if target.exists() and not self._is_whole(target):
+                self._discard(target)  # damaged since; the upload repairs it
+            if not target.exists():
+                os.rename(staging.path, target)
+            _sync(target.parent)
+        return target
+
+    def remove(self, digest: str) -> int:
+        """Take an adapter out; returns the bytes freed, 0 if it was not there. Open readers keep their files."""
+        target = self.path(digest)
+        with self._locked():
+            if not target.exists():
+                return 0
+            freed = _folder_bytes(target)
+            grave = self._discard(target)
+        shutil.rmtree(grave, ignore_errors=True)  # what stays, the next sweep takes
+        return freed
+
+    def sweep(self) -> int:
+        """Clear what crashes left behind; returns the bytes freed. Uploads under way are left alone."""
+        freed = 0
+        with self._locked():
+            graves = [*self._trash.iterdir()]
+            graves += [folder for folder in self._staging.iterdir() if not _is_held(folder)]
+            for grave in graves:
+                freed += _folder_bytes(grave)
+                if grave.is_dir():
+                    shutil.rmtree(grave, ignore_errors=True)
+                else:
+                    grave.unlink(missing_ok=True)
+        return freed
+
+    def _discard(self, target: Path) -> Path:
+        grave = self._trash / uuid.uuid4().hex
+        os.rename(target, grave)
+        _sync(target.parent)
+        return grave
+
+    def _is_whole(self, folder: Path) -> bool:
+        try:
+            stamps = self.manifest(folder.name).files
+            return all((folder / n).stat().st_size == s.size_bytes for n, s in stamps.items())
+        except (OSError, AdapterNotFound, AdapterCorrupt):
+            return False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process and thread at a time; short, since what is slow (copying, hashing) happens outside."""
+        lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Name the one disk error that an operator must hear about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        message = (
+            "no room on the disk for adapters; free some, or delete adapters, and upload again"
+        )
+        raise StorageFull(message) from error
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether an upload under way owns this staging folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _folder_bytes(folder: Path) -> int:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file())
+    return 0
