@@ -1,9 +1,9 @@
 """Take the two files of an adapter out of a zip, tar or tar.gz that a stranger made.
 
-Nothing is ever written under a name from the archive: the two wanted files go to their fixed names in the staging
-folder, everything else is read past. Bytes are counted as they are unpacked, so that a bomb is noticed after 64 MiB,
-not after it has filled the disk. Whatever could mean mischief (paths that leave the folder, links, devices) refuses the
-archive as a whole.
+Nothing is ever written under a name from the archive: the two wanted files go to their fixed
+names in the staging folder, everything else is read past. Bytes are counted as they are unpacked,
+so that a bomb is noticed after 64 MiB, not after it has filled the disk. Whatever could mean
+mischief (paths that leave the folder, links, devices) refuses the archive as a whole.
 """
 
 from __future__ import annotations

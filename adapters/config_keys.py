@@ -1,7 +1,7 @@
-"""Every key that peft 0.21 (and its forerunners) write into `adapter_config.json`, sorted by what it does to us.
+"""The keys that peft 0.21 and its forerunners write into `adapter_config.json`, by what they do.
 
-A key in none of the tables is unknown; it is refused unless its value is empty, since newer versions of PEFT add keys
-that change the forward pass and switch them off with null, false or an empty list.
+A key in none of the tables is unknown; it is refused unless its value is empty. Newer versions of
+PEFT add keys that change the forward pass, and switch them off with null, false or an empty list.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REFUSED = {
     "use_dora": "DoRA scales each output by a learned magnitude",
     "lora_bias": "the adapter has biases on B",
     "bias": "the adapter replaces biases of the base model",
-    "fan_in_fan_out": "the base weights are stored transposed (if they are nn.Linear, set it to false)",
+    "fan_in_fan_out": "the base weights are stored transposed (with nn.Linear, set it to false)",
     "modules_to_save": "the adapter carries whole copies of base modules",
     "trainable_token_indices": "the adapter replaces rows of the embedding",
     "target_parameters": "the adapter targets parameters that are no linear modules",
@@ -66,8 +66,8 @@ REFUSED = {
 # The values, beside the empty ones, that mean "off".
 OFF = {"bias": "none"}
 
-# Values of init_lora_weights that leave base weights and forward pass alone. EVA chooses A and the ranks from data
-# (the ranks end in rank_pattern), MiCA freezes B: both are ordinary LoRA afterwards.
+# Values of init_lora_weights that leave base weights and forward pass alone. EVA chooses A and the
+# ranks from data (the ranks end in rank_pattern), MiCA freezes B: both are plain LoRA afterwards.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-# These subtract the initial adapter from the base weights, so A and B fit a base model nobody else has.
+# These subtract the initial adapter from the base weights: A and B fit a base nobody else has.
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

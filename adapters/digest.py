@@ -1,7 +1,8 @@
 """The identity of an adapter: one sha256 over what it means.
 
-Config and tensors in canonical form, so that key order, tensor order in the file, PEFT's optional name parts, training-only
-settings and metadata do not matter, and one flipped bit of a weight does. The same on every machine and for every base model.
+Config and tensors in canonical form, so that key order, tensor order in the file, PEFT's optional
+name parts, training-only settings and metadata do not matter, and one flipped bit of a weight does.
+The same on every machine and for every base model.
 """
 
 from __future__ import annotations

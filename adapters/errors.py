@@ -21,7 +21,7 @@ MAX_PROBLEMS = 100
 class Problem:
     """One thing that is wrong with an upload. `code` is stable, `message` is for a person.
 
-    `expected` and `actual` are short texts (a shape, a dtype, a number) where the problem is a mismatch.
+    `expected` and `actual` are short texts (a shape, a dtype, a number) where it is a mismatch.
     """
 
     code: str

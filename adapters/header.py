@@ -1,8 +1,9 @@
-"""The header of a safetensors file, with every lie found, and a scan of the numbers behind it. No torch.
+"""The header of a safetensors file, every lie found, and a scan of the numbers behind it. No torch.
 
-Layout: 8 bytes little-endian header length, the header (a JSON object: name -> dtype, shape, data_offsets), the data.
-A file passes only if its tensors tile the data exactly: no overlap, no hole, nothing left over.
-Knows nothing of LoRA: which names and shapes make sense is `validation.py`'s business.
+Layout: 8 bytes little-endian header length, the header (a JSON object: name -> dtype, shape,
+data_offsets), the data. A file passes only if its tensors tile the data exactly: no overlap, no
+hole, nothing left over. Knows nothing of LoRA: which names and shapes make sense is
+`validation.py`'s business.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -100,14 +101,8 @@ def read_header(path: Path, limits: Limits | None = None) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append(_problem("header_invalid", "__metadata__ must map strings to strings"))
     if len(entries) > limits.max_tensors:
-        raise AdapterRefused(
-            [
-                _problem(
-                    "too_many_tensors",
-                    f"{len(entries)} tensors exceed the limit of {limits.max_tensors}",
-                )
-            ]
-        )
+        message = f"{len(entries)} tensors exceed the limit of {limits.max_tensors}"
+        _refuse("too_many_tensors", message)
     tensors = []
     for name, entry in entries.items():
         found = _tensor(name, entry, data_start)
@@ -139,7 +134,7 @@ def read_chunks(file: IO[bytes], tensor: TensorInfo) -> Iterator[bytes]:
 
 
 def scan_finite(path: Path, header: Header) -> dict[str, TensorScan]:
-    """Look at every number of the float tensors, in bounded memory. Tensors of other dtypes are left out."""
+    """Look at every number of the float tensors, in bounded memory; other tensors are left out."""
     with path.open("rb") as file:
         return {t.name: _scan(file, t) for t in header.tensors.values() if t.dtype in _BITS}
 
@@ -161,56 +156,33 @@ def _scan(file: IO[bytes], tensor: TensorInfo) -> TensorScan:
 def _read_json(file: IO[bytes], file_bytes: int, limits: Limits) -> dict[str, Any]:
     prefix = file.read(8)
     if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1:2] <= b"\x05"):
-        raise AdapterRefused(
-            [
-                _problem(
-                    "weights_pickle",
-                    "the weights are a pickle (torch.save), which can run code when read; "
-                    "save them with save_pretrained(..., safe_serialization=True)",
-                )
-            ]
+        _refuse(
+            "weights_pickle",
+            "the weights are a pickle (torch.save), which can run code when read; "
+            "save them with save_pretrained(..., safe_serialization=True)",
         )
     if len(prefix) < 8:
-        raise AdapterRefused(
-            [
-                _problem(
-                    "header_truncated",
-                    f"the file has {file_bytes} bytes, too few for a safetensors header; upload it again",
-                )
-            ]
-        )
+        _refuse("header_truncated", f"{file_bytes} bytes are no safetensors file; upload it again")
     (size,) = struct.unpack("<Q", prefix)
     if size > file_bytes - 8:
-        raise AdapterRefused(
-            [
-                _problem(
-                    "header_truncated",
-                    f"the header claims {size} bytes but only {file_bytes - 8} follow; "
-                    "the file is cut off or no safetensors file",
-                )
-            ]
+        _refuse(
+            "header_truncated",
+            f"the header claims {size} bytes but only {file_bytes - 8} follow; "
+            "the file is cut off or no safetensors file",
         )
     if size > limits.max_header_bytes:
-        raise AdapterRefused(
-            [
-                _problem(
-                    "header_too_large",
-                    f"the header has {size} bytes, the limit is {limits.max_header_bytes}",
-                )
-            ]
+        _refuse(
+            "header_too_large",
+            f"the header has {size} bytes, the limit is {limits.max_header_bytes}",
         )
     raw = file.read(size)
     if raw[:1] != b"{":
-        raise AdapterRefused(
-            [_problem("header_invalid", "the header does not begin with '{'; is it safetensors?")]
-        )
+        _refuse("header_invalid", "the header does not begin with '{'; is it safetensors?")
     try:
-        # Padding is spaces and nothing else; other JSON whitespace at the ends has no business here.
+        # Padding is spaces and nothing else; other white space at the end has no business here.
         entries: dict[str, Any] = strict_json.loads(raw.rstrip(b" "))
     except ValueError as error:
-        raise AdapterRefused(
-            [_problem("header_invalid", f"the header is not JSON: {error}")]
-        ) from None
+        _refuse("header_invalid", f"the header is not JSON: {error}")
     return entries
 
 
@@ -235,7 +207,7 @@ def _tensor(name: str, entry: Any, data_start: int) -> TensorInfo | Problem:
     if nbytes != offsets[1] - offsets[0]:
         return refuse(
             "size_mismatch",
-            f"{dtype} of shape {shape} takes {nbytes} bytes but data_offsets span {offsets[1] - offsets[0]}",
+            f"{dtype} {shape} takes {nbytes} bytes, data_offsets span {offsets[1] - offsets[0]}",
             expected=str(nbytes),
             actual=str(offsets[1] - offsets[0]),
         )
@@ -268,7 +240,7 @@ def _tiling(tensors: list[TensorInfo], data_start: int, file_bytes: int) -> list
         problems.append(
             _problem(
                 "file_truncated",
-                f"the tensors need {end} bytes but the file has {file_bytes}; it is cut off, upload it again",
+                f"the file is cut off: {end} bytes needed, {file_bytes} there; upload it again",
                 expected=str(end),
                 actual=str(file_bytes),
             )
@@ -287,3 +259,7 @@ def _tiling(tensors: list[TensorInfo], data_start: int, file_bytes: int) -> list
 
 def _problem(code: str, message: str, **more: str) -> Problem:
     return Problem(code, message, file=WEIGHTS_FILE, **more)
+
+
+def _refuse(code: str, message: str) -> NoReturn:
+    raise AdapterRefused([_problem(code, message)])

@@ -1,4 +1,4 @@
-"""How large an uploaded adapter may be. Sizes in bytes; the platform may lower or raise them by its settings."""
+"""How large an uploaded adapter may be, in bytes and counts. The platform's settings may differ."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What is known of a validated adapter: `manifest.json` beside its two files in the store.
 
-The engine needs nothing else to load it, and the platform nothing else to describe it. Knows no torch and no disk.
+The engine needs nothing else to load it, the platform nothing else to describe it. Knows no disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModuleShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ManifestModule:
-    """One adapted module: `lora_a` `[rank, in_features]` and `lora_b` `[out_features, rank]` are tensor names."""
+    """One adapted module. `lora_a` [rank, in] and `lora_b` [out, rank] are names of tensors."""
 
     path: str
     rank: int

@@ -1,10 +1,11 @@
 """Regular expressions from strangers, matched in bounded time.
 
-PEFT lets `target_modules`, `exclude_modules`, `rank_pattern` and `alpha_pattern` hold regular expressions, and Python's
-`re` takes exponential time on some of them. Here a pattern becomes a nondeterministic automaton whose state *sets* are
-walked (Thompson 1968), so time is at most states x characters. Only whether a path matches is asked, never which
-group took what, so greedy and lazy are the same and the answer is exactly that of `re`. What such an automaton
-cannot do (look-around, back-references, flags) is refused by name.
+PEFT lets `target_modules`, `exclude_modules`, `rank_pattern` and `alpha_pattern` hold regular
+expressions, and Python's `re` takes exponential time on some of them. Here a pattern becomes a
+nondeterministic automaton whose state *sets* are walked (Thompson 1968), so time is at most
+states x characters. Only whether a path matches is asked, never which group took what, so greedy
+and lazy are the same and the answer is exactly that of `re`. What such an automaton cannot do
+(look-around, back-references, flags) is refused by name.
 
 The syntax is read by Python's own parser, so both always agree on what a pattern means.
 """
@@ -83,7 +84,7 @@ class Pattern:
         return self._accept in states
 
     def _close(self, states: frozenset[int], before: str, after: str) -> frozenset[int]:
-        """All states that `states` reach without a character, between the characters before and after ("" = none)."""
+        """All states that `states` reach between two characters ("" = the text's edge)."""
         key = (states, before, after)
         closed = self._closures.get(key)
         if closed is None:
@@ -97,7 +98,7 @@ class Pattern:
             closed = self._closures[key] = frozenset(reached)
         return closed
 
-    # --- building, back to front: each method returns the state where the piece begins --------------------------
+    # --- building, back to front: each method returns the state where the piece begins -----------
 
     def _state(self) -> int:
         if len(self._edges) >= MAX_STATES:
@@ -209,7 +210,7 @@ def _character_test(kind: Any, value: Any) -> _Test:
 
 
 def tail_matcher(key: str) -> Callable[[str], bool]:
-    r"""What `re.match(rf"(.*\.)?({key})$", path)` answers: how PEFT looks a path up in `rank_pattern`.
+    r"""What `re.match(rf"(.*\.)?({key})$", path)` answers: PEFT's look-up in `rank_pattern`.
 
     Raises: PatternError.
     """

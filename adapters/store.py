@@ -1,11 +1,12 @@
-"""Adapter files on disk, by content: `root/<first two>/<digest>/` holds the two files and the manifest.
+"""Adapter files on disk, by content: `root/<first two>/<digest>/` has two files and a manifest.
 
-An adapter is either wholly there or not at all. It is built in `root/.staging/<random>/`, made durable, and moved into place
-by one rename; it is removed by one rename into `root/.trash/`. A crash at any point leaves the old or the new state
-plus at most a left-over folder, which `sweep` clears at the next start. Several processes may share a root.
+An adapter is wholly there or not at all. It is built in `root/.staging/<random>/`, made durable,
+and moved into place by one rename; it is removed by one rename into `root/.trash/`. A crash at
+any point leaves the old or the new state plus at most a left-over folder, which `sweep` clears at
+the next start. Several processes may share a root.
 
-Knows nothing of names, versions or owners: that is the registry's. A digest that two owners share is stored once, so
-the registry removes it only when nobody refers to it any more.
+Knows nothing of names, versions or owners: that is the registry's. A digest that two owners share
+is stored once, so the registry removes it only when nobody refers to it any more.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StagedFile:
-    """A file that is hashed and bounded as its bytes arrive. Closing makes it durable."""
+    """A file that is hashed and bounded as its bytes arrive; `commit` makes it durable."""
 
     def __init__(self, path: Path, limit: int) -> None:
-        self._file: BinaryIO = path.open("xb")
+        with _room():
+            self._file: BinaryIO = path.open("xb")
         self._sha = hashlib.sha256()
         self.name = path.name
         self.limit = limit
@@ -65,9 +67,8 @@ class StagedFile:
         return FileStamp(self.size_bytes, self._sha.hexdigest())
 
     def close(self) -> None:
-        with self._file, _room():
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        with _room():
+            self._file.close()
 
     def __enter__(self) -> StagedFile:
         return self
@@ -98,7 +99,7 @@ class Staging:
 
 
 class AdapterStore:
-    """The store under `root`. All methods block on the disk; all are safe from any thread and process."""
+    """The store under `root`. All methods block on the disk; all are safe from any thread."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -107,7 +108,7 @@ class AdapterStore:
         for folder in (root, self._staging, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
 
-    # --- reading ------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
         """Where an adapter's folder is or would be. digest: hex, without `sha256:`.
@@ -157,7 +158,7 @@ class AdapterStore:
                 raise AdapterCorrupt(f"{name} of {digest[:12]} has changed since it was stored")
         return manifest
 
-    # --- writing ------------------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
@@ -166,7 +167,7 @@ class AdapterStore:
         with self._locked(), _room():
             folder.mkdir()
             mine = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            # Held until the upload ends or its process dies: how another process's sweep tells the two apart.
+            # Held until the upload ends or its process dies: so a sweep can tell the two apart.
             fcntl.flock(mine, fcntl.LOCK_EX)
         try:
             yield Staging(folder)
@@ -175,9 +176,9 @@ class AdapterStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, staging: Staging, manifest: AdapterManifest) -> Path:
-        """Make a staged adapter part of the store; returns its folder. The same content twice is stored once.
+        """Make a staged adapter part of the store; the same content twice is stored once.
 
-        When this returns, the adapter survives a power cut. Raises: StorageFull.
+        Returns its folder. From then on the adapter survives a power cut. Raises: StorageFull.
         """
         for leftover in set(os.listdir(staging.path)) - set(manifest.files):
             (staging.path / leftover).unlink()
@@ -185,8 +186,10 @@ class AdapterStore:
         with staging.writer(MANIFEST_FILE, len(raw)) as file:
             file.write(raw)
         target = self.path(manifest.digest)
+        with _room():
+            for name in (*manifest.files, MANIFEST_FILE, "."):
+                _sync(staging.path / name)
         with _room(), self._locked():
-            _sync(staging.path)
             target.parent.mkdir(exist_ok=True)
             _sync(self.root)
             if target.exists() and not self._is_whole(target):
@@ -197,7 +200,10 @@ class AdapterStore:
         return target
 
     def remove(self, digest: str) -> int:
-        """Take an adapter out; returns the bytes freed, 0 if it was not there. Open readers keep their files."""
+        """Take an adapter out; returns the bytes freed, 0 if it was not there.
+
+        Whoever has its files open keeps them.
+        """
         target = self.path(digest)
         with self._locked():
             if not target.exists():
@@ -208,7 +214,7 @@ class AdapterStore:
         return freed
 
     def sweep(self) -> int:
-        """Clear what crashes left behind; returns the bytes freed. Uploads under way are left alone."""
+        """Clear what crashes left; returns the bytes freed. Uploads under way are left alone."""
         freed = 0
         with self._locked():
             graves = [*self._trash.iterdir()]
@@ -236,7 +242,7 @@ class AdapterStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process and thread at a time; short, since what is slow (copying, hashing) happens outside."""
+        """One thread of one process at a time. Short: copying and hashing happen outside."""
         lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -259,9 +265,9 @@ def _room() -> Iterator[None]:
         raise StorageFull(message) from error
 
 
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

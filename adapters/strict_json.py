@@ -1,4 +1,4 @@
-"""JSON from strangers: one meaning or an error. No duplicate keys, no NaN, no lone surrogates, no deep nesting."""
+"""JSON from strangers: one meaning or an error. No duplicate keys, NaN or lone surrogates."""
 
 from __future__ import annotations
 

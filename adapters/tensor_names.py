@@ -1,7 +1,8 @@
 """Which module a tensor of an adapter file belongs to: PEFT's key naming.
 
-`base_model.model.<path>.lora_A.weight`, where the prefix may be missing and the adapter's name (`default`) may stand before
-`weight`. Anything else is said by name: it belongs to a feature that is not served, or to nothing.
+`base_model.model.<path>.lora_A.weight`, where the prefix may be missing and the adapter's name
+(`default`) may stand before `weight`. Anything else is said by name: it belongs to a feature that
+is not served, or to nothing.
 """
 
 from __future__ import annotations

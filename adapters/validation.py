@@ -58,7 +58,7 @@ def validate(
     """Check an adapter whose two files lie in `folder`, and describe it.
 
     modules: every linear module of the base model that can be adapted.
-    base_model: the served model's name. Another name in the config is a warning only: shapes decide.
+    base_model: the served model's name. Another in the config is a warning only: shapes decide.
 
     Raises: AdapterRefused with every problem.
     """
@@ -148,8 +148,7 @@ def _check_ranks(findings: Findings, limits: Limits) -> None:
         findings.problems.append(
             Problem(
                 "rank_too_large",
-                f"rank {largest} exceeds the limit of {limits.max_rank}; raise the server's max_rank "
-                "or retrain with a smaller r",
+                f"rank {largest} exceeds the limit of {limits.max_rank}; retrain with a smaller r",
                 file=CONFIG_FILE,
                 expected=f"at most {limits.max_rank}",
                 actual=str(largest),

@@ -1,6 +1,6 @@
-"""A stored adapter's tensors, in the model's dtype and keyed the way the page pool wants them. CPU only.
+"""A stored adapter's tensors, in the model's dtype and keyed as the page pool wants them, on CPU.
 
-Reads the manifest and the weights file; knows nothing of PEFT's configuration, which the manifest has resolved.
+Reads the manifest and the weights file; PEFT's configuration is resolved in the manifest already.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def load_weights(
     dtype: of the result, whatever the file has.
     locate: module path -> (layer, kind), None where this model has no such module.
 
-    Raises: AdapterCorrupt if files and manifest disagree; AdapterError "adapter_mismatch" if a module is not in the
-    model, "adapter_overflow" if a weight is beyond the range of dtype.
+    Raises: AdapterCorrupt if files and manifest disagree; AdapterError "adapter_mismatch" if a
+    module is not in the model, "adapter_overflow" if a weight is beyond the range of dtype.
     """
     try:
         manifest = AdapterManifest.from_json((folder / MANIFEST_FILE).read_bytes())

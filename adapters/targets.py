@@ -1,0 +1,134 @@
+"""Which modules of a base model a PEFT config means.
+
+PEFT's rules (peft 0.21, `tuners/tuners_utils.py`, `check_target_module_exists`): a list of names
+selects the paths that equal a name or end with it after a dot; a string is a regular expression
+for the whole path; exclude_modules takes away by the same rules; layers_to_transform narrows a
+list. Stricter than PEFT in one way: a target that selects nothing is an error, not silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.adapters.errors import AdapterRefused, Problem
+from loraplex.adapters.manifest import CONFIG_FILE
+from loraplex.adapters.patterns import Pattern
+
+ALL_LINEAR = "all-linear"
+
+# Modules that every causal LM has and adapters here cannot change: they deserve a clear refusal.
+UNADAPTABLE = ("lm_head", "model.embed_tokens")
+
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The selecting keys of a config. A str is a regular expression, or `ALL_LINEAR`."""
+
+    modules: str | tuple[str, ...]
+    exclude: str | tuple[str, ...] = ()  # empty = none
+    layers: tuple[int, ...] = ()  # layers_to_transform; empty = all
+    layer_names: tuple[str, ...] = ()  # layers_pattern; empty = any list of modules
+
+    def canonical(self) -> dict[str, Any]:
+        """One spelling of what they mean, for the digest."""
+        return {
+            "target_modules": _unordered(self.modules),
+            "exclude_modules": _unordered(self.exclude),
+            "layers_to_transform": sorted(set(self.layers)),
+            "layers_pattern": list(self.layer_names),
+        }
+
+    def select(self, paths: Sequence[str]) -> list[str]:
+        """The adapted ones of `paths`, which are the model's adaptable modules, in their order.
+
+        Raises: AdapterRefused if a target means nothing here, or something that cannot be adapted.
+        """
+        excluded = _selector(self.exclude)
+        problems = self._missed_targets(paths, excluded) + self._missed_layers(paths)
+        if problems:
+            raise AdapterRefused(problems)
+        targeted = _chooser(self.modules)
+        chosen = [p for p in paths if targeted(p) and self._in_layers(p) and not excluded(p)]
+        if not chosen:
+            message = "the config selects no module: the adapter would change nothing"
+            raise AdapterRefused([_problem("no_target", message)])
+        return chosen
+
+    def _in_layers(self, path: str) -> bool:
+        # A target given by its whole path passes whatever its layer; so PEFT has it.
+        return not self.layers or path in self.modules or self._layer(path) in self.layers
+
+    def _layer(self, path: str) -> int | None:
+        if not self.layer_names:
+            match = _ANY_LAYER.match(path)
+            return match and int(match["idx"])
+        for name in self.layer_names:
+            if match := re.match(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", path):
+                return int(match["idx"])
+        return None
+
+    def _missed_targets(
+        self, paths: Sequence[str], excluded: Callable[[str], bool]
+    ) -> list[Problem]:
+        problems = []
+        whole = isinstance(self.modules, str)
+        for target in [self.modules] if isinstance(self.modules, str) else self.modules:
+            chosen = _chooser(target if whole else (target,))
+            beyond = [name for name in UNADAPTABLE if chosen(name) and not excluded(name)]
+            if beyond and target != ALL_LINEAR:
+                problems.append(
+                    _problem(
+                        "target_unsupported",
+                        f"target_modules: {target[:200]!r} selects {' and '.join(beyond)}, which "
+                        "cannot be adapted yet; retrain without",
+                    )
+                )
+            elif not any(chosen(path) for path in paths):
+                names = sorted({path.rpartition(".")[2] for path in paths})
+                problems.append(
+                    _problem(
+                        "target_unmatched",
+                        f"target_modules: {target[:200]!r} matches no module of this base model",
+                        expected=f"one of {', '.join(names)}",
+                        actual=target[:200],
+                    )
+                )
+        return problems
+
+    def _missed_layers(self, paths: Sequence[str]) -> list[Problem]:
+        there = {layer for path in paths if (layer := self._layer(path)) is not None}
+        return [
+            _problem(
+                "layer_unmatched",
+                f"layers_to_transform: this base model has no layer {layer}",
+                expected=f"0 to {max(there)}" if there else "no layers of that name",
+                actual=str(layer),
+            )
+            for layer in self.layers
+            if layer not in there
+        ]
+
+
+def _chooser(target: str | tuple[str, ...]) -> Callable[[str], bool]:
+    return (lambda path: True) if target == ALL_LINEAR else _selector(target)
+
+
+def _selector(modules: str | tuple[str, ...]) -> Callable[[str], bool]:
+    if isinstance(modules, str):
+        return Pattern(modules).matches if modules else lambda path: False
+    names = frozenset(modules)
+    ends = tuple(f".{name}" for name in names)
+    return lambda path: path in names or path.endswith(ends)
+
+
+def _unordered(modules: str | tuple[str, ...]) -> str | list[str]:
+    return modules if isinstance(modules, str) else sorted(set(modules))
+
+
+def _problem(code: str, message: str, **more: str) -> Problem:
+    return Problem(code, message, file=CONFIG_FILE, **more)
