@@ -21,7 +21,7 @@ from loraplex.kernels.ops import NUM_MODULES, PAGE_RANKS, AttentionBatch, KVCach
 from loraplex.kernels.torch_attention import causal_mask
 from loraplex.kernels.torch_ops import TorchOps
 
-MAX_ROWS = 64  # rows of a span, as in lora.h
+MAX_ROWS = 32  # rows of a span, as in lora.h
 SPLIT_TOKENS = 256  # a sequence is cut into parts of at least this for idle threads
 MAX_PARTS = 64
 TILE = 16  # tokens of a key tile
@@ -399,16 +399,15 @@ class NativeOps(TorchOps):
             return plan
         self._follow_threads()
         tables = lora.tables
-        spans: list[int] = []
+        spans: list[tuple[int, int, int, int, int]] = []
         t_size = 0
 
         def add(row: int, rows: int, first: int, entries: int) -> None:
             nonlocal t_size
-            # Equal blocks, so that no thread is left with a full one at the end.
             blocks = -(-rows // MAX_ROWS)
             for block in range(blocks):
                 start, end = rows * block // blocks, rows * (block + 1) // blocks
-                spans.extend((row + start, end - start, first, entries, t_size))
+                spans.append((row + start, end - start, first, entries, t_size))
                 t_size += (end - start) * entries * PAGE_RANKS
 
         row = 0
@@ -419,7 +418,9 @@ class NativeOps(TorchOps):
         add(row, num_rows - row, 0, 0)
         adapted = lora.adapted or _adapted(lora)
         t = torch.empty(NUM_MODULES, t_size, dtype=torch.float32)
-        array = (c_int32 * len(spans))(*spans)
+        # Heavy spans first, so that no thread is left with one at the end.
+        spans.sort(key=lambda span: -span[1] * span[3])
+        array = (c_int32 * (5 * len(spans)))(*(value for span in spans for value in span))
         step = LoraStep(
             tables.arena.data_ptr(),
             tables.offset_a.data_ptr(),
@@ -431,7 +432,7 @@ class NativeOps(TorchOps):
             lora.page_weights.data_ptr(),
             t.data_ptr(),
             t_size,
-            len(spans) // 5,
+            len(spans),
             tables.offset_a.shape[1],
         )
         lora.plan = plan = NativeLoraPlan(

@@ -10,6 +10,8 @@ struct KVLayer {
 };
 template <class T> constexpr int WORD = 4 / sizeof(T);
 
+constexpr int GATE = 4, UP = 5;
+
 template <class T> inline float row_scale(const T* x, int width, float eps) {
     f32 total = {};
     for (int c = 0; c < width; c += WIDE) {
@@ -42,7 +44,7 @@ void add_rms_norm(const T* y, const LoraStep* step, int layer, int module, T* re
             Pair p = load(r + c, columns - c), q = load(v + c, columns - c);
             p = {p.a + q.a, p.b + q.b};
             if (delta) {
-                Pair d = load_as<T>(delta + c, columns - c);
+                Pair d = load(delta + c);
                 p = {p.a + d.a, p.b + d.b};
             }
             store(r + c, p, columns - c);
@@ -55,19 +57,21 @@ void add_rms_norm(const T* y, const LoraStep* step, int layer, int module, T* re
         });
         return;
     }
-    const int chunks = (width + CHUNK - 1) / CHUNK, items = step->num_spans * chunks;
+    const int chunk = step->item_columns(width), chunks = (width + chunk - 1) / chunk, items = step->num_spans * chunks;
     std::atomic<int> next{0};
     on_every_thread([&](int thread) {
-        float buffer[MAX_ROWS * MANY_COLUMNS];
+        float buffer[BUFFER];
         for (int item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             const Span& span = step->spans[item / chunks];
-            const Pages<T> pages{*step, span, layer, module, width};
-            const bool any = pages.any();
-            const int first = item % chunks * CHUNK, last = first + CHUNK < width ? first + CHUNK : width;
-            const int piece = span.rows <= FEW_ROWS ? CHUNK : MANY_COLUMNS;
+            const int first = item % chunks * chunk, last = first + chunk < width ? first + chunk : width;
+            const int piece = piece_columns(span.rows);
             for (int c = first; c < last; c += piece) {
                 const int columns = last - c < piece ? last - c : piece;
-                if (any) delta(pages, c, columns, buffer, piece);
+                if (span.rows > 1) {
+                    prefetch_block(y + int64_t(span.row) * width + c, span.rows, width, columns);
+                    prefetch_block(residual + int64_t(span.row) * width + c, span.rows, width, columns);
+                }
+                const bool any = delta<T>(*step, span, layer, module, width, c, columns, buffer, piece);
                 for (int i = 0; i < span.rows; i++) add(span.row + i, c, columns, any ? buffer + i * piece : nullptr);
             }
         }
@@ -87,35 +91,39 @@ template <class T> void swiglu(const T* gate_up, const LoraStep* step, int layer
         for (int c = 0; c < columns; c += WIDE) {
             Pair g = load(gate + c, columns - c), u = load(gate + width + c, columns - c);
             if (dg) {
-                Pair d = load_as<T>(dg + c, columns - c);
+                Pair d = load(dg + c);
                 g = {g.a + d.a, g.b + d.b};
             }
             if (du) {
-                Pair d = load_as<T>(du + c, columns - c);
+                Pair d = load(du + c);
                 u = {u.a + d.a, u.b + d.b};
             }
             store(to + c, {silu(g.a) * u.a, silu(g.b) * u.b}, columns - c);
         }
     };
-    const int chunks = (width + CHUNK - 1) / CHUNK;
     if (!step) {
+        const int chunk = SHARED_COLUMNS, chunks = (width + chunk - 1) / chunk;
         parallel_for(rows * chunks, true, [&](int item) {
-            const int c = item % chunks * CHUNK;
-            finish(item / chunks, c, width - c < CHUNK ? width - c : CHUNK, nullptr, nullptr);
+            const int c = item % chunks * chunk;
+            finish(item / chunks, c, width - c < chunk ? width - c : chunk, nullptr, nullptr);
         });
         return;
     }
+    const int chunk = step->item_columns(width), chunks = (width + chunk - 1) / chunk;
     parallel_for(step->num_spans * chunks, false, [&](int item) {
-        float buffer[2][MAX_ROWS * MANY_COLUMNS];
+        float buffer[2][BUFFER];
         const Span& span = step->spans[item / chunks];
-        const Pages<T> gate{*step, span, layer, 4, width}, up{*step, span, layer, 5, width};
-        const bool any_gate = gate.any(), any_up = up.any();
-        const int first = item % chunks * CHUNK, last = first + CHUNK < width ? first + CHUNK : width;
-        const int piece = span.rows <= FEW_ROWS ? CHUNK : MANY_COLUMNS;
+        const int first = item % chunks * chunk, last = first + chunk < width ? first + chunk : width;
+        const int piece = piece_columns(span.rows);
         for (int c = first; c < last; c += piece) {
             const int columns = last - c < piece ? last - c : piece;
-            if (any_gate) delta(gate, c, columns, buffer[0], piece);
-            if (any_up) delta(up, c, columns, buffer[1], piece);
+            if (span.rows > 1) {
+                const T* rows = gate_up + int64_t(span.row) * 2 * width + c;
+                prefetch_block(rows, span.rows, 2 * width, columns);
+                prefetch_block(rows + width, span.rows, 2 * width, columns);
+            }
+            const bool any_gate = delta<T>(*step, span, layer, GATE, width, c, columns, buffer[0], piece);
+            const bool any_up = delta<T>(*step, span, layer, UP, width, c, columns, buffer[1], piece);
             for (int i = 0; i < span.rows; i++)
                 finish(span.row + i, c, columns, any_gate ? buffer[0] + i * piece : nullptr,
                        any_up ? buffer[1] + i * piece : nullptr);
@@ -133,7 +141,7 @@ inline void finish_head(T* x, const float* delta, const T* norm, float eps, cons
     for (int d = 0; d < dim; d += WIDE) {
         Pair v = load(x + d, dim - d);
         if (delta) {
-            Pair e = load_as<T>(delta + d, dim - d);
+            Pair e = load(delta + d);
             v = {v.a + e.a, v.b + e.b};
         }
         squares += v.a * v.a + v.b * v.b;
@@ -185,7 +193,7 @@ void rope_kv_write(T* qkv, const LoraStep* step, int layer, const float* cos, co
         }
         if (delta)
             for (int d = 0; d < dim; d += WIDE) {
-                Pair v = load(x + d, dim - d), e = load_as<T>(delta + d, dim - d);
+                Pair v = load(x + d, dim - d), e = load(delta + d);
                 store(x + d, {v.a + e.a, v.b + e.b}, dim - d);
             }
         memcpy(value_row<T>(kv, slots[row], head - num_heads - num_kv), x, dim * sizeof(T));
@@ -198,28 +206,29 @@ void rope_kv_write(T* qkv, const LoraStep* step, int layer, const float* cos, co
         });
         return;
     }
-    // Items: some heads of one module.
-    const int group = CHUNK / dim > 0 ? CHUNK / dim : 1;
+    // Items: some heads of one module. A head's delta starts at a multiple of 32 columns in the buffer.
+    const int padded = (dim + WIDE - 1) / WIDE * WIDE;
+    const int fit = step->item_columns(num_heads * dim) / dim, group = dim == padded && fit > 0 ? fit : 1;
     const int q_groups = (num_heads + group - 1) / group, kv_groups = (num_kv + group - 1) / group;
     const int groups = q_groups + 2 * kv_groups;
     parallel_for(step->num_spans * groups, false, [&](int item) {
-        float buffer[MAX_ROWS * MAX_HEAD_DIM];
+        float buffer[BUFFER];
         const Span& span = step->spans[item / groups];
         int g = item % groups, module = 0, in_module = num_heads, base = 0;
         if (g >= q_groups) {
             g -= q_groups, module = 1, in_module = num_kv, base = num_heads;
             if (g >= kv_groups) g -= kv_groups, module = 2, base += num_kv;
         }
-        const Pages<T> pages{*step, span, layer, module, in_module * dim};
-        const bool any = pages.any();
         const int last = (g + 1) * group < in_module ? (g + 1) * group : in_module;
-        const int piece = span.rows <= FEW_ROWS ? group : (MANY_COLUMNS / dim > 0 ? MANY_COLUMNS / dim : 1);
+        const int most = piece_columns(span.rows) / padded, piece = most < 1 ? 1 : most < group ? most : group;
         for (int h = g * group; h < last; h += piece) {
             const int n = last - h < piece ? last - h : piece;
-            if (any) delta(pages, h * dim, n * dim, buffer, n * dim);
+            if (span.rows > 1)
+                prefetch_block(qkv + span.row * stride + int64_t(base + h) * dim, span.rows, stride, n * dim);
+            const bool any = delta<T>(*step, span, layer, module, in_module * dim, h * dim, n * dim, buffer, n * padded);
             for (int i = 0; i < span.rows; i++)
                 for (int j = 0; j < n; j++)
-                    finish(span.row + i, base + h + j, any ? buffer + (int64_t(i) * n + j) * dim : nullptr);
+                    finish(span.row + i, base + h + j, any ? buffer + (int64_t(i) * n + j) * padded : nullptr);
         }
     });
 }

@@ -18,14 +18,21 @@ typedef uint32_t u32 __attribute__((vector_size(64)));
 typedef int32_t i32 __attribute__((vector_size(64)));
 typedef uint16_t bf16;  // the bits
 
+// Accumulators live in registers only if the loops over them are unrolled completely.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 constexpr int LANES = 16, WIDE = 32;
 
 struct Pair {
     f32 a, b;
 };
 
-inline f32 splat(float x) { return f32{} + x; }
-inline u32 splat_word(uint32_t x) { return u32{} + x; }
+inline f32 splat(float x) { return f32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+inline u32 splat_word(uint32_t x) { return u32{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline f32 as_float(u32 x) { return (f32)x; }
 
 #if defined(__clang__)
@@ -90,6 +97,13 @@ template <class T> inline void store(T* p, Pair x, int n) {
     memcpy(p, buffer, n * sizeof(T));
 }
 
+inline u32 load_words(const bf16* p, int n) {
+    if (n >= WIDE) return load_vector<u32>(p);
+    bf16 buffer[WIDE] = {};
+    memcpy(buffer, p, n * sizeof(bf16));
+    return load_vector<u32>(buffer);
+}
+
 // fp32 in natural order, as the Pair of storage type T.
 template <class T> inline Pair load_as(const float* p, int n = WIDE) {
     Pair x = load<float>(p, n);
@@ -99,16 +113,26 @@ template <class T> inline void store_as(float* p, Pair x, int n = WIDE) {
     store<float>(p, sizeof(T) == 2 ? Pair{zip_low(x.a, x.b), zip_high(x.a, x.b)} : x, n);
 }
 
-inline float sum(f32 x) {
+typedef float f32x4 __attribute__((vector_size(16)));
+
+inline f32x4 sum_quarters(f32 x) {
     typedef float f32x8 __attribute__((vector_size(32)));
-    typedef float f32x4 __attribute__((vector_size(16)));
     f32x8 half[2];
     memcpy(half, &x, sizeof x);
     half[0] += half[1];
     f32x4 quarter[2];
     memcpy(quarter, half, sizeof quarter);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+    return quarter[0] + quarter[1];
+}
+inline float sum(f32 x) {
+    f32x4 q = sum_quarters(x);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+// The four sums at once.
+inline f32x4 sum4(f32 a, f32 b, f32 c, f32 d) {
+    f32 ab = zip_low(a, b) + zip_high(a, b), cd = zip_low(c, d) + zip_high(c, d);
+    return sum_quarters(SHUFFLE2(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                        SHUFFLE2(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
 }
 inline f32 larger(f32 x, f32 y) { return x > y ? x : y; }
 inline float largest(f32 x) {
@@ -149,6 +173,12 @@ inline f32 dot(f32 acc, u32 a, u32 b) {
     return acc + x.a * y.a + x.b * y.b;
 }
 #endif
+
+// Asks for a block of a matrix that is needed soon: strided rows are beyond the hardware's prefetcher.
+template <class T> inline void prefetch_block(const T* p, int rows, int64_t stride, int columns) {
+    for (int i = 0; i < rows; i++, p += stride)
+        for (int c = 0; c < columns; c += 64 / int(sizeof(T))) __builtin_prefetch(p + c);
+}
 
 // The pool is the one torch already runs (GNU OpenMP's entry points, resolved at load time): a second pool would fight
 // it for the cores. Calling the entry points directly needs neither -fopenmp nor the library at link time.
