@@ -58,10 +58,8 @@ from loraplex.engine.wire import (
     new_socket,
 )
 
-_BEAT_S = 1.0  # heartbeats, and stats while busy
-_COLLECT_S = (
-    30.0  # a busy engine looks for cyclic garbage so often: milliseconds, what was built is frozen
-)
+_BEAT_S = 1.0  # heartbeats, and stats when there was work
+_COLLECT_S = 30.0  # a busy engine collects garbage so seldom, an idle one at its next beat
 _LAST_WORDS_MS = 2000  # how long the exit waits for messages to leave
 
 OnProgress = Callable[[str, int, int], None]
@@ -138,25 +136,22 @@ class Channel:
 def serve(engine: EngineLoop, channel: Channel) -> None:
     """The loop, until the parent says Shutdown."""
     beat_at = collect_at = time.monotonic()
-    steps = 0
-    was_busy = False
+    steps = steps_told = 0
     while True:
         now = time.monotonic()
         idle_s = engine.idle_s()
-        busy = idle_s is not None
-        if now >= beat_at or (was_busy and not busy):
-            channel.send(Heartbeat(time.time(), steps))
-            if busy or was_busy:
-                channel.send(Stats(engine.stats()))
+        if now >= beat_at:
             beat_at = now + _BEAT_S
-        if (was_busy and not busy) or (busy and now >= collect_at):
-            gc.collect()
-            collect_at = now + _COLLECT_S
-        was_busy = busy
+            channel.send(Heartbeat(time.time(), steps))
+            if steps != steps_told:
+                steps_told = steps
+                channel.send(Stats(engine.stats()))
+                if idle_s is None or now >= collect_at:
+                    gc.collect()
+                    collect_at = now + _COLLECT_S
         until_beat_s = beat_at - now
-        for message in channel.receive(
-            until_beat_s if idle_s is None else min(idle_s, until_beat_s)
-        ):
+        wait_s = until_beat_s if idle_s is None else min(idle_s, until_beat_s)
+        for message in channel.receive(wait_s):
             match message:
                 case Submit():
                     for request in message.requests:
@@ -167,15 +162,20 @@ def serve(engine: EngineLoop, channel: Channel) -> None:
                     engine.call(message)
                 case Shutdown():
                     return
+        _send_news(engine, channel)  # a question need not wait for a step
         if engine.idle_s() is not None:
             outputs = engine.step()
             steps += 1
             if outputs:
                 channel.send(Outputs(outputs))
-        for event in engine.take_events():
-            channel.send(event)
-        for answer in engine.take_answers():
-            channel.send(answer)
+            _send_news(engine, channel)
+
+
+def _send_news(engine: EngineLoop, channel: Channel) -> None:
+    for event in engine.take_events():
+        channel.send(event)
+    for answer in engine.take_answers():
+        channel.send(answer)
 
 
 def _build(order: LaunchOrder, on_progress: OnProgress) -> EngineLoop:
