@@ -165,8 +165,8 @@ class AdapterSlots:
 
     def is_ready(self, digests: Iterable[str]) -> bool:
         """All are on the device and take new sequences."""
-        residents = self._residents
-        return all(residents[digest].state is AdapterState.DEVICE for digest in digests)
+        residents = map(self._residents.get, digests)
+        return all(r is not None and r.state is AdapterState.DEVICE for r in residents)
 
     def waits_for_room(self, digests: Iterable[str]) -> bool:
         """Of adapters that are not ready: is it room on the device ("slot"), not the load, that
