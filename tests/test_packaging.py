@@ -18,7 +18,10 @@ SHIPPED = {".py", ".cpp", ".h", ".mako", ".safetensors", ".json", ".jinja"}
 def shipped_files() -> set[str]:
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *LAYERS],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split("\n")
     return {f"loraplex/{name}" for name in files if Path(name).suffix in SHIPPED}
 
@@ -26,20 +29,38 @@ def shipped_files() -> set[str]:
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path)],
-        cwd=ROOT, check=True,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--quiet",
+            "-w",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("loraplex/")}
-    assert shipped_files() - names == set(), "files missing from the wheel: list their package in pyproject.toml"
+    assert shipped_files() - names == set(), (
+        "files missing from the wheel: list their package in pyproject.toml"
+    )
 
 
 def test_every_package_folder_is_listed() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     for layer in LAYERS:
         for init in (ROOT / layer).rglob("__init__.py"):
             package = "loraplex." + ".".join(init.parent.relative_to(ROOT).parts)
-            assert package in listed, f"{package} is not in pyproject's packages: it would be missing from the wheel"
+            assert package in listed, (
+                f"{package} is not in pyproject's packages: it would be missing from the wheel"
+            )
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -63,7 +63,10 @@ def upload(url: str, name: str, folder: Path) -> dict[str, Any]:
         (folder / "adapter_model.safetensors").open("rb") as weights,
     ):
         answer = httpx.post(
-            f"{url}/v1/adapters", data={"name": name}, files={"config": config, "weights": weights}, timeout=60
+            f"{url}/v1/adapters",
+            data={"name": name},
+            files={"config": config, "weights": weights},
+            timeout=60,
         )
     assert answer.status_code in (200, 201), answer.text
     body: dict[str, Any] = answer.json()

@@ -27,7 +27,9 @@ def free_port() -> int:
 class Server:
     """`loraplex serve` on a free loopback port. Use as a context manager, or start / kill / start for crash tests."""
 
-    def __init__(self, model: Path, data_dir: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, model: Path, data_dir: Path, *flags: str, env: dict[str, str] | None = None
+    ) -> None:
         self.model = model
         self.data_dir = data_dir
         self.flags = flags
@@ -39,7 +41,15 @@ class Server:
 
     def start(self, *, wait: bool = True) -> Server:
         command = [sys.executable, "-c", "from loraplex.platform.cli import main; main()", "serve"]
-        command += ["--model", str(self.model), "--port", str(self.port), "--data-dir", str(self.data_dir), *self.flags]
+        command += [
+            "--model",
+            str(self.model),
+            "--port",
+            str(self.port),
+            "--data-dir",
+            str(self.data_dir),
+            *self.flags,
+        ]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self.env}
@@ -101,7 +111,10 @@ class Server:
         return self.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.process is not None and self.process.poll() is None:
             self.stop()

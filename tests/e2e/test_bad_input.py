@@ -27,7 +27,9 @@ def good(assets: Path) -> tuple[dict[str, Any], bytes]:
         (p for p in (assets / "adapters").iterdir() if p.is_dir()),
         key=lambda p: (p / "adapter_model.safetensors").stat().st_size,
     )
-    return json.loads((folder / "adapter_config.json").read_text()), (folder / "adapter_model.safetensors").read_bytes()
+    return json.loads((folder / "adapter_config.json").read_text()), (
+        folder / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 # --- a safetensors file as a dictionary, so that one thing at a time can be broken ---------------------------------
@@ -151,7 +153,9 @@ CONFIG: dict[str, dict[str, Any] | Callable[[dict[str, Any]], Any]] = {
 
 
 def snapshot(http: httpx.Client) -> tuple[list[str], list[str]]:
-    adapters = [item["id"] for item in http.get("/v1/adapters", params={"limit": 100}).json()["data"]]
+    adapters = [
+        item["id"] for item in http.get("/v1/adapters", params={"limit": 100}).json()["data"]
+    ]
     return sorted(adapters), []
 
 
@@ -165,7 +169,11 @@ def http(demo_server: Any, uploaded: list[str]) -> Any:
 def nothing_left_behind(http: httpx.Client, demo_server: Any) -> Any:
     def files() -> set[Path]:
         root = demo_server.data_dir
-        return {p.relative_to(root) for p in root.rglob("*") if p.is_file() and ".sqlite" not in p.name and ".db" not in p.name}
+        return {
+            p.relative_to(root)
+            for p in root.rglob("*")
+            if p.is_file() and ".sqlite" not in p.name and ".db" not in p.name
+        }
 
     before = files(), snapshot(http)
     yield
@@ -185,12 +193,17 @@ def refused(answer: httpx.Response, *statuses: int) -> dict[str, Any]:
 
 def post(http: httpx.Client, config: Any, weights: bytes, name: str = "broken") -> httpx.Response:
     raw = config if isinstance(config, bytes) else json.dumps(config).encode()
-    files = {"config": ("adapter_config.json", raw), "weights": ("adapter_model.safetensors", weights)}
+    files = {
+        "config": ("adapter_config.json", raw),
+        "weights": ("adapter_model.safetensors", weights),
+    }
     return http.post("/v1/adapters", data={"name": name}, files=files)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_broken_weights(kind: str, http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
+def test_broken_weights(
+    kind: str, http: httpx.Client, good: Any, nothing_left_behind: None
+) -> None:
     config, weights = good
     error = refused(post(http, config, WEIGHTS[kind](weights)), 400, 413, 422)
     assert error.get("details"), "every problem is named"
@@ -205,9 +218,13 @@ def test_broken_config(kind: str, http: httpx.Client, good: Any, nothing_left_be
     assert error.get("details")
 
 
-def test_all_problems_are_told_at_once(http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
+def test_all_problems_are_told_at_once(
+    http: httpx.Client, good: Any, nothing_left_behind: None
+) -> None:
     config, weights = good
-    error = refused(post(http, {**config, "use_dora": True, "surprise": 1}, without("lora_B")(weights)), 422)
+    error = refused(
+        post(http, {**config, "use_dora": True, "surprise": 1}, without("lora_B")(weights)), 422
+    )
     text = json.dumps(error["details"])
     assert "use_dora" in text
     assert "surprise" in text
@@ -240,32 +257,53 @@ def link_tar() -> bytes:
 
 
 ARCHIVES: dict[str, Callable[[bytes, bytes], bytes]] = {
-    "path traversal (zip)": lambda c, w: archive(("../../adapter_config.json", c), ("adapter_model.safetensors", w)),
-    "absolute path (tar)": lambda c, w: archive(("/adapter_config.json", c), ("/adapter_model.safetensors", w), kind="tar"),
+    "path traversal (zip)": lambda c, w: archive(
+        ("../../adapter_config.json", c), ("adapter_model.safetensors", w)
+    ),
+    "absolute path (tar)": lambda c, w: archive(
+        ("/adapter_config.json", c), ("/adapter_model.safetensors", w), kind="tar"
+    ),
     "symbolic link (tar)": lambda c, w: link_tar(),
-    "zip bomb": lambda c, w: archive(("adapter_config.json", c), ("adapter_model.safetensors", bytes(600_000_000))),
-    "pickle instead of safetensors": lambda c, w: archive(("adapter_config.json", c), ("adapter_model.bin", w)),
+    "zip bomb": lambda c, w: archive(
+        ("adapter_config.json", c), ("adapter_model.safetensors", bytes(600_000_000))
+    ),
+    "pickle instead of safetensors": lambda c, w: archive(
+        ("adapter_config.json", c), ("adapter_model.bin", w)
+    ),
     "no config": lambda c, w: archive(("adapter_model.safetensors", w)),
     "not an archive": lambda c, w: b"hello there, this is no archive",
-    "truncated archive": lambda c, w: archive(("adapter_config.json", c), ("adapter_model.safetensors", w))[:-200],
-    "two configs": lambda c, w: archive(("a/adapter_config.json", c), ("b/adapter_config.json", c), ("a/adapter_model.safetensors", w)),
+    "truncated archive": lambda c, w: archive(
+        ("adapter_config.json", c), ("adapter_model.safetensors", w)
+    )[:-200],
+    "two configs": lambda c, w: archive(
+        ("a/adapter_config.json", c),
+        ("b/adapter_config.json", c),
+        ("a/adapter_model.safetensors", w),
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_broken_archives(kind: str, http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
+def test_broken_archives(
+    kind: str, http: httpx.Client, good: Any, nothing_left_behind: None
+) -> None:
     config, weights = good
     data = ARCHIVES[kind](json.dumps(config).encode(), weights)
     answer = http.post("/v1/adapters", data={"name": "broken"}, files={"archive": ("a.zip", data)})
     refused(answer, 400, 413, 415, 422)
 
 
-@pytest.mark.parametrize("name", ["", "Has Spaces", "../up", "UPPER", "-dash-first", "a" * 200, "a/b", "x@3", "x:y", "\u00e9"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "Has Spaces", "../up", "UPPER", "-dash-first", "a" * 200, "a/b", "x@3", "x:y", "\u00e9"],
+)
 def test_bad_names(name: str, http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
     refused(post(http, *good, name=name), 400, 422)
 
 
-def test_the_base_models_name_is_taken(http: httpx.Client, good: Any, nothing_left_behind: None) -> None:
+def test_the_base_models_name_is_taken(
+    http: httpx.Client, good: Any, nothing_left_behind: None
+) -> None:
     base = next(m["id"] for m in http.get("/v1/models").json()["data"] if not m.get("parent"))
     refused(post(http, *good, name=base), 400, 409, 422)
 
@@ -274,11 +312,29 @@ def test_missing_parts(http: httpx.Client, good: Any, nothing_left_behind: None)
     refused(http.post("/v1/adapters", data={"name": "broken"}), 415)
     refused(http.post("/v1/adapters", json={"name": "broken"}), 400, 415, 422)
     refused(http.post("/v1/adapters", data={"name": "broken"}, files={"config": b"{}"}), 400, 422)
-    refused(http.post("/v1/adapters", data={"name": "x", "metadata": "{"}, files={"config": b"{}", "weights": b""}), 400, 422)
-    refused(http.post("/v1/adapters", content=b"--x\r\ngarbage", headers={"content-type": "multipart/form-data; boundary=x"}), 400, 422)
+    refused(
+        http.post(
+            "/v1/adapters",
+            data={"name": "x", "metadata": "{"},
+            files={"config": b"{}", "weights": b""},
+        ),
+        400,
+        422,
+    )
+    refused(
+        http.post(
+            "/v1/adapters",
+            content=b"--x\r\ngarbage",
+            headers={"content-type": "multipart/form-data; boundary=x"},
+        ),
+        400,
+        422,
+    )
 
 
-def test_a_race_for_one_name_has_two_winners_with_two_versions(http: httpx.Client, demo_server: Any, good: Any) -> None:
+def test_a_race_for_one_name_has_two_winners_with_two_versions(
+    http: httpx.Client, demo_server: Any, good: Any
+) -> None:
     config, weights = good
     answers: list[httpx.Response] = []
 
@@ -335,7 +391,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str | None]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_REQUESTS)
-def test_bad_requests(kind: str, http: httpx.Client, uploaded: list[str], nothing_left_behind: None) -> None:
+def test_bad_requests(
+    kind: str, http: httpx.Client, uploaded: list[str], nothing_left_behind: None
+) -> None:
     change, status, param = BAD_REQUESTS[kind]
     base = next(m["id"] for m in http.get("/v1/models").json()["data"] if not m.get("parent"))
     body = {"model": base, "prompt": "hello", "max_tokens": 2, **change}
@@ -348,8 +406,23 @@ def test_bad_requests(kind: str, http: httpx.Client, uploaded: list[str], nothin
 
 
 def test_bodies_that_are_no_requests(http: httpx.Client) -> None:
-    for raw in (b"", b"{", b"[]", b"null", b"7", b'"x"', b"\xff\xfe", b'{"prompt": NaN}', b'{"a":' * 3000):
-        refused(http.post("/v1/completions", content=raw, headers={"content-type": "application/json"}), 400, 413, 422)
+    for raw in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"7",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"prompt": NaN}',
+        b'{"a":' * 3000,
+    ):
+        refused(
+            http.post("/v1/completions", content=raw, headers={"content-type": "application/json"}),
+            400,
+            413,
+            422,
+        )
     refused(http.post("/v1/chat/completions", json={"messages": []}), 400)
     refused(http.post("/v1/chat/completions", json={"messages": "hello"}), 400)
     refused(http.post("/v1/chat/completions", json={"messages": [{"role": "user"}]}), 400)
@@ -358,7 +431,11 @@ def test_bodies_that_are_no_requests(http: httpx.Client) -> None:
 
 
 def test_both_adapter_id_and_adapters(http: httpx.Client, uploaded: list[str]) -> None:
-    body = {"prompt": "x", "adapter_id": uploaded[0], "adapters": [{"id": uploaded[0], "weight": 1.0}]}
+    body = {
+        "prompt": "x",
+        "adapter_id": uploaded[0],
+        "adapters": [{"id": uploaded[0], "weight": 1.0}],
+    }
     refused(http.post("/v1/completions", json=body), 400)
 
 

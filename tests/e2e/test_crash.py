@@ -25,12 +25,16 @@ def variants(source: Path, target: Path, count: int) -> list[Path]:
         folder = target / f"v{i}"
         folder.mkdir(parents=True)
         shutil.copy(source / "adapter_model.safetensors", folder)
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] + i}))
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**config, "lora_alpha": config["lora_alpha"] + i})
+        )
         folders.append(folder)
     return folders
 
 
-def upload_until_dead(url: str, folders: list[Path], upload: Any, acknowledged: dict[str, str]) -> None:
+def upload_until_dead(
+    url: str, folders: list[Path], upload: Any, acknowledged: dict[str, str]
+) -> None:
     for folder in folders:
         try:
             acknowledged[folder.name] = upload(url, folder.name, folder)["digest"]
@@ -39,7 +43,13 @@ def upload_until_dead(url: str, folders: list[Path], upload: Any, acknowledged: 
 
 
 def generate_until_dead(url: str, model: str) -> None:
-    body = {"model": model, "prompt": "hello", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {
+        "model": model,
+        "prompt": "hello",
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "stream": True,
+    }
     while True:
         try:
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
@@ -52,17 +62,26 @@ def generate_until_dead(url: str, model: str) -> None:
 def test_nothing_acknowledged_is_lost(
     tmp_path: Path, assets: Path, skills: dict[str, Any], server_class: Any, upload_adapter: Any
 ) -> None:
-    source = min((assets / "adapters").iterdir(), key=lambda p: (p / "adapter_model.safetensors").stat().st_size)
+    source = min(
+        (assets / "adapters").iterdir(),
+        key=lambda p: (p / "adapter_model.safetensors").stat().st_size,
+    )
     folders = variants(source, tmp_path / "variants", ROUNDS * 40)
     server = server_class(assets / "model", tmp_path / "data")
     server.start()
-    acknowledged: dict[str, str] = {"original": upload_adapter(server.url, "original", source)["digest"]}
+    acknowledged: dict[str, str] = {
+        "original": upload_adapter(server.url, "original", source)["digest"]
+    }
     pair = skills[source.name]["tour"][0]
     for round_number in range(ROUNDS):
         mine = folders[round_number * 40 : (round_number + 1) * 40]
         threads = [
-            threading.Thread(target=upload_until_dead, args=(server.url, mine[:20], upload_adapter, acknowledged)),
-            threading.Thread(target=upload_until_dead, args=(server.url, mine[20:], upload_adapter, acknowledged)),
+            threading.Thread(
+                target=upload_until_dead, args=(server.url, mine[:20], upload_adapter, acknowledged)
+            ),
+            threading.Thread(
+                target=upload_until_dead, args=(server.url, mine[20:], upload_adapter, acknowledged)
+            ),
             threading.Thread(target=generate_until_dead, args=(server.url, "original")),
         ]
         for thread in threads:
@@ -74,31 +93,46 @@ def test_nothing_acknowledged_is_lost(
         server.kill()
         for thread in threads:
             thread.join(60)
-        assert len(acknowledged) > before, "the kill came before any upload: this round proved nothing"
+        assert len(acknowledged) > before, (
+            "the kill came before any upload: this round proved nothing"
+        )
 
         server.start()
         with httpx.Client(base_url=server.url, timeout=60) as http:
             listed: dict[str, dict[str, Any]] = {}
             after = ""
             while True:
-                page = http.get("/v1/adapters", params={"limit": 100, "after": after} if after else {"limit": 100}).json()
+                page = http.get(
+                    "/v1/adapters",
+                    params={"limit": 100, "after": after} if after else {"limit": 100},
+                ).json()
                 listed |= {item["id"]: item for item in page["data"]}
                 if not page["has_more"]:
                     break
                 after = page["data"][-1]["id"]
-            assert {name: listed.get(name, {}).get("digest") for name in acknowledged} == acknowledged
+            assert {
+                name: listed.get(name, {}).get("digest") for name in acknowledged
+            } == acknowledged
             assert all(item["status"] == "ready" for item in listed.values())
             answer = http.post(
                 "/v1/chat/completions",
-                json={"model": "original", "messages": [{"role": "user", "content": pair["input"]}],
-                      "temperature": 0, "max_tokens": 48},
+                json={
+                    "model": "original",
+                    "messages": [{"role": "user", "content": pair["input"]}],
+                    "temperature": 0,
+                    "max_tokens": 48,
+                },
             )
             assert answer.json()["choices"][0]["message"]["content"] == pair["expected"]
             for name in list(acknowledged)[-3:]:
-                one = http.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1})
+                one = http.post(
+                    "/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1}
+                )
                 assert one.status_code == 200, one.text
         on_disk = {p.parent.name for p in (tmp_path / "data").rglob("adapter_model.safetensors")}
-        assert on_disk == {item["digest"].removeprefix("sha256:") for item in listed.values()}, "left-overs on disk"
+        assert on_disk == {item["digest"].removeprefix("sha256:") for item in listed.values()}, (
+            "left-overs on disk"
+        )
     assert server.stop() == 0
 
 
@@ -109,11 +143,17 @@ def test_the_engine_process_is_restarted(
     with server_class(assets / "model", tmp_path / "data") as server:
         upload_adapter(server.url, source.name, source)
         pair = skills[source.name]["tour"][0]
-        body = {"model": source.name, "messages": [{"role": "user", "content": pair["input"]}],
-                "temperature": 0, "max_tokens": 48}
+        body = {
+            "model": source.name,
+            "messages": [{"role": "user", "content": pair["input"]}],
+            "temperature": 0,
+            "max_tokens": 48,
+        }
         first = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
         assert first.json()["choices"][0]["message"]["content"] == pair["expected"]
-        engines = [p for p in server.family()[1:] if "loraplex.engine.process" in " ".join(p.cmdline())]
+        engines = [
+            p for p in server.family()[1:] if "loraplex.engine.process" in " ".join(p.cmdline())
+        ]
         assert len(engines) == 1
         engines[0].kill()
         engines[0].wait(10)

@@ -19,7 +19,9 @@ def base_model(client: openai.OpenAI) -> str:
     return next(m.id for m in client.models.list() if not getattr(m, "parent", None))
 
 
-def test_models_lists_base_and_adapters_with_their_parent(client: openai.OpenAI, uploaded: list[str]) -> None:
+def test_models_lists_base_and_adapters_with_their_parent(
+    client: openai.OpenAI, uploaded: list[str]
+) -> None:
     models = {m.id: m for m in client.models.list()}
     base = base_model(client)
     assert set(uploaded) <= set(models)
@@ -29,23 +31,38 @@ def test_models_lists_base_and_adapters_with_their_parent(client: openai.OpenAI,
 
 def test_completion_of_token_ids_and_of_a_batch(client: openai.OpenAI, uploaded: list[str]) -> None:
     answer = client.completions.create(
-        model=base_model(client), prompt=["hello", "good morning"], max_tokens=5, temperature=0, n=2, seed=1
+        model=base_model(client),
+        prompt=["hello", "good morning"],
+        max_tokens=5,
+        temperature=0,
+        n=2,
+        seed=1,
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    first = client.completions.create(model=base_model(client), prompt=[5, 6, 7], max_tokens=3, temperature=0)
+    first = client.completions.create(
+        model=base_model(client), prompt=[5, 6, 7], max_tokens=3, temperature=0
+    )
     assert first.usage is not None
     assert first.usage.prompt_tokens == 3
 
 
-def test_streams_say_what_the_plain_answer_says(client: openai.OpenAI, uploaded: list[str], skills: Any) -> None:
+def test_streams_say_what_the_plain_answer_says(
+    client: openai.OpenAI, uploaded: list[str], skills: Any
+) -> None:
     for name in uploaded[:3]:
         question = skills[name]["tour"][0]["input"]
         messages: Any = [{"role": "user", "content": question}]
-        plain = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=32)
+        plain = client.chat.completions.create(
+            model=name, messages=messages, temperature=0, max_tokens=32
+        )
         stream = client.chat.completions.create(
-            model=name, messages=messages, temperature=0, max_tokens=32, stream=True,
+            model=name,
+            messages=messages,
+            temperature=0,
+            max_tokens=32,
+            stream=True,
             stream_options={"include_usage": True},
         )
         chunks = list(stream)
@@ -54,30 +71,42 @@ def test_streams_say_what_the_plain_answer_says(client: openai.OpenAI, uploaded:
         assert chunks[-1].usage is not None
         assert plain.usage is not None
         assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
-        finals = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
+        finals = [
+            c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason
+        ]
         assert finals == [plain.choices[0].finish_reason]
 
 
 def test_logprobs(client: openai.OpenAI, uploaded: list[str]) -> None:
     answer = client.chat.completions.create(
-        model=base_model(client), messages=[{"role": "user", "content": "hello"}], temperature=0, max_tokens=4,
-        logprobs=True, top_logprobs=3,
+        model=base_model(client),
+        messages=[{"role": "user", "content": "hello"}],
+        temperature=0,
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=3,
     )
     assert answer.choices[0].logprobs is not None
     content = answer.choices[0].logprobs.content
     assert content
     for token in content:
         assert len(token.top_logprobs) == 3
-        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)  # greedy takes the most likely
+        assert token.logprob == pytest.approx(
+            token.top_logprobs[0].logprob
+        )  # greedy takes the most likely
         assert token.logprob <= 0
 
 
 def test_stop_strings_end_the_text_before_them(client: openai.OpenAI, uploaded: list[str]) -> None:
-    full = client.completions.create(model=base_model(client), prompt="hello", max_tokens=24, temperature=0)
+    full = client.completions.create(
+        model=base_model(client), prompt="hello", max_tokens=24, temperature=0
+    )
     text = full.choices[0].text
     assert len(text) > 3
     stop = text[2:4]
-    cut = client.completions.create(model=base_model(client), prompt="hello", max_tokens=24, temperature=0, stop=[stop])
+    cut = client.completions.create(
+        model=base_model(client), prompt="hello", max_tokens=24, temperature=0, stop=[stop]
+    )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
 
@@ -86,7 +115,9 @@ def test_seeded_sampling_repeats(client: openai.OpenAI, uploaded: list[str]) -> 
     texts = {
         client.completions.create(
             model=base_model(client), prompt="once", max_tokens=16, temperature=1.0, seed=seed
-        ).choices[0].text
+        )
+        .choices[0]
+        .text
         for seed in (1, 1, 2, 3, 4)
     }
     assert 2 <= len(texts) <= 4  # equal seeds agree; different seeds do not all agree

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.e2e
 HELD_OUT_PER_SKILL = 40
 
 
-async def ask(http: httpx.AsyncClient, adapter: str | None, text: str) -> tuple[str, dict[str, Any] | None]:
+async def ask(
+    http: httpx.AsyncClient, adapter: str | None, text: str
+) -> tuple[str, dict[str, Any] | None]:
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": text}],
         "temperature": 0,
@@ -59,8 +61,12 @@ async def test_a_swapped_adapter_does_not_pass(
     async with httpx.AsyncClient(base_url=demo_server.url, timeout=120) as http:
         for name in uploaded:
             pairs = skills[name]["heldout"][:10]
-            answers = await asyncio.gather(*(ask(http, wrong[name], pair["input"]) for pair in pairs))
-            right = sum(text == pair["expected"] for (text, _), pair in zip(answers, pairs, strict=True))
+            answers = await asyncio.gather(
+                *(ask(http, wrong[name], pair["input"]) for pair in pairs)
+            )
+            right = sum(
+                text == pair["expected"] for (text, _), pair in zip(answers, pairs, strict=True)
+            )
             assert right <= 5, f"{wrong[name]} does {name}'s work"
 
 
