@@ -1,7 +1,8 @@
 """What crosses the boundary between the API process and the engine process, and nothing else.
 
-All structs are frozen and serialise with msgpack. The engine knows tokens and adapter digests; it knows
-nothing about text, names, tenants or HTTP. Importing this module must stay cheap: no torch.
+All structs are frozen and serialise with msgpack. The engine knows tokens and adapter digests;
+it knows nothing about text, names, tenants or HTTP. Importing this module must stay cheap: no
+torch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How to choose tokens. Values are validated by `engine/validation.py`, not here.
 
-    `temperature == 0` is greedy. `top_k <= 0` and `min_p == 0` and `top_p == 1` switch their filter off.
+    `temperature == 0` is greedy. `top_k <= 0` and `min_p == 0` and `top_p == 1` switch their
+    filter off.
     `logprobs`: None = none, 0 = the chosen token's only, k = also the k most likely.
-    `seed`: same seed, prompt, adapter and parameters give the same tokens whatever shares the batch.
+    `seed`: same seed, prompt, adapter and parameters give the same tokens whatever shares the
+    batch.
     """
 
     temperature: float = 1.0
@@ -45,14 +48,18 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
 
 class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
-    """One member of a request's composition: an adapter (by digest, hex without prefix) and its weight."""
+    """One member of a request's composition: an adapter (by digest, hex without prefix) and its
+    weight.
+    """
 
     digest: str
     weight: float = 1.0
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One sequence to generate. `request_id` is unique among live requests. No adapters = the base model."""
+    """One sequence to generate. `request_id` is unique among live requests. No adapters = the
+    base model.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -63,7 +70,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probabilities of one position from the raw logits (before temperature and filters)."""
+    """Natural-log probabilities of one position from the raw logits (before temperature and
+    filters).
+    """
 
     token_id: int
     logprob: float
@@ -79,17 +88,22 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """News of one request from one step. Exactly one output per request has a `finish_reason`: its last."""
+    """News of one request from one step. Exactly one output per request has a `finish_reason`:
+    its last.
+    """
 
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one entry per new token, when asked for
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first output; entry 0 is None
+    # With the first output; entry 0 is None.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop token that ended it, if one did (eos excluded)
-    num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache; with the first output
+    # Prompt tokens taken from the prefix cache; with the first output.
+    num_cached_tokens: int | None = None
     error: ErrorInfo | None = None  # set exactly when finish_reason is ERROR
-    queue_s: float | None = None  # seconds waited before first being scheduled; with the first output
+    # Seconds waited before first being scheduled; with the first output.
+    queue_s: float | None = None
 
 
 class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
@@ -117,7 +131,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_json: str  # serialised `tokenizers.Tokenizer`
     chat_template: str | None
     special_tokens: dict[str, str]  # bos_token, eos_token, pad_token, unk_token as text
-    generation_defaults: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k...
+    # From generation_config.json: temperature, top_p, top_k...
+    generation_defaults: dict[str, float | int]
     modules: list[ModuleShape]  # every linear module adapters may target
     num_parameters: int
 
@@ -186,7 +201,9 @@ class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot, sent about once a second while there is work and on request. Counters only grow."""
+    """A snapshot, sent about once a second while there is work and on request. Counters only
+    grow.
+    """
 
     time: float
     num_running: int
@@ -211,7 +228,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     adapter_bytes_total: int
 
 
-# --- messages: API process -> engine process -------------------------------------------------------
+# --- messages: API process -> engine process ---
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -227,9 +244,10 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 
     Methods: "memory" -> MemoryInfo, "stats" -> EngineStats, "requests" -> list[RequestInfo],
     "adapters" -> list[AdapterResidencyInfo] (those the engine has state for),
-    "load" (digest, wait) -> AdapterResidencyInfo, "evict" (digest, tier, drain, timeout_s) -> FreedBytes,
-    "pin" / "unpin" (digest) -> AdapterResidencyInfo, "forget" (digest, force, timeout_s): evict from every
-    tier, refuse new requests for it -> FreedBytes, "reset_prefix_cache" -> bool.
+    "load" (digest, wait) -> AdapterResidencyInfo, "evict" (digest, tier, drain, timeout_s) ->
+    FreedBytes, "pin" / "unpin" (digest) -> AdapterResidencyInfo, "forget" (digest, force,
+    timeout_s): evict from every tier, refuse new requests for it -> FreedBytes,
+    "reset_prefix_cache" -> bool.
     """
 
     call_id: int
@@ -248,7 +266,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 ToEngine = Submit | Cancel | Call | Shutdown
 
-# --- messages: engine process -> API process -------------------------------------------------------
+# --- messages: engine process -> API process ---
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -292,7 +310,9 @@ class AdapterEvent(msgspec.Struct, frozen=True, tag="adapter_event", omit_defaul
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
-    """`result` is the msgpack of the method's result type; exactly one of result and error is set."""
+    """`result` is the msgpack of the method's result type; exactly one of result and error is
+    set.
+    """
 
     call_id: int
     result: msgspec.Raw = msgspec.Raw(b"\xc0")

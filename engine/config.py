@@ -55,5 +55,6 @@ class EngineConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             refuse(
                 "max_num_batched_tokens",
-                f"must be at least max_num_seqs ({self.max_num_seqs}): every running sequence needs one token a step",
+                f"must be at least max_num_seqs ({self.max_num_seqs}): every "
+                "running sequence needs one token a step",
             )

@@ -7,14 +7,17 @@ EngineError
  +-- ModelError            this model, or this size of it, cannot be served here
  +-- EngineDead            the engine process is gone or restarting
 
-Every error has a stable `code` (see `code` of each class); HTTP statuses are `platform/errors.py`'s business.
+Every error has a stable `code` (see `code` of each class); HTTP statuses are
+`platform/errors.py`'s business.
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Base of everything the engine reports to its callers. `code` is stable and machine-readable."""
+    """Base of everything the engine reports to its callers. `code` is stable and
+    machine-readable.
+    """
 
     code = "engine_error"
 

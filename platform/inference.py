@@ -241,7 +241,9 @@ async def _encode_prompts(
     if isinstance(prompt, str):
         return [await _encode_text(prompt, model, add_special)]
     if not prompt:
-        raise ApiError("invalid_request", "prompt is empty; send text or at least one token id", param="prompt")
+        raise ApiError(
+            "invalid_request", "prompt is empty; send text or at least one token id", param="prompt"
+        )
     if isinstance(prompt[0], int):
         return [_from_ids(prompt, model)]
     return [

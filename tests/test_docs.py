@@ -1,4 +1,6 @@
-"""README says it all: each setting, route, command and error code. What is not documented does not exist for users."""
+"""README says it all: each setting, route, command and error code. What is not documented does
+not exist for users.
+"""
 
 from __future__ import annotations
 

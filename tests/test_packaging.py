@@ -65,7 +65,9 @@ def test_every_package_folder_is_listed() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_root_folders_are_not_packages(layer: str) -> None:
-    """With platform/__init__.py, `python -m pytest` from the root dies at once: `module 'platform' has no attribute 'system'`."""
+    """With platform/__init__.py, `python -m pytest` from the root dies at once: `module
+    'platform' has no attribute 'system'`.
+    """
     assert not (ROOT / layer / "__init__.py").exists()
 
 
@@ -77,6 +79,7 @@ def test_the_standard_library_wins() -> None:
 def test_the_api_process_never_imports_torch() -> None:
     code = (
         "import sys, loraplex.platform.app, loraplex.platform.cli;"
-        "heavy = {'torch', 'transformers', 'triton', 'peft'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'triton', 'peft'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

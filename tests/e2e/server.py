@@ -25,7 +25,9 @@ def free_port() -> int:
 
 
 class Server:
-    """`loraplex serve` on a free loopback port. Use as a context manager, or start / kill / start for crash tests."""
+    """`loraplex serve` on a free loopback port. Use as a context manager, or start / kill /
+    start for crash tests.
+    """
 
     def __init__(
         self, model: Path, data_dir: Path, *flags: str, env: dict[str, str] | None = None
@@ -85,7 +87,9 @@ class Server:
             return []
 
     def kill(self) -> None:
-        """SIGKILL the API process, as an out-of-memory killer would. Its engine has to notice by itself."""
+        """SIGKILL the API process, as an out-of-memory killer would. Its engine has to notice by
+        itself.
+        """
         assert self.process is not None
         family = self.family()
         self.process.send_signal(signal.SIGKILL)

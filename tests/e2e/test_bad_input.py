@@ -1,4 +1,6 @@
-"""Broken uploads and broken requests against a real server: each a specific 4xx, nothing left behind, server still fine."""
+"""Broken uploads and broken requests against a real server: each a specific 4xx, nothing left
+behind, server still fine.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def good(assets: Path) -> tuple[dict[str, Any], bytes]:
     ).read_bytes()
 
 
-# --- a safetensors file as a dictionary, so that one thing at a time can be broken ---------------------------------
+# --- a safetensors file as a dictionary, so that one thing at a time can be broken ---
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -59,7 +61,9 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[bytes], bytes]:
 
 
 def without(part: str) -> Callable[[bytes], bytes]:
-    """Drop the first tensor whose name holds `part`, moving the others together so that only that is wrong."""
+    """Drop the first tensor whose name holds `part`, moving the others together so that only
+    that is wrong.
+    """
 
     def broken(data: bytes) -> bytes:
         header, body = split(data)

@@ -1,4 +1,6 @@
-"""Kill -9 during uploads and during generation: what was acknowledged is there afterwards, and answers."""
+"""Kill -9 during uploads and during generation: what was acknowledged is there afterwards, and
+answers.
+"""
 
 from __future__ import annotations
 

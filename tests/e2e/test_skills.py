@@ -1,4 +1,6 @@
-"""The demo adapters do their skill through the server, the base does not: in one mixed burst, exact match."""
+"""The demo adapters do their skill through the server, the base does not: in one mixed burst,
+exact match.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ async def test_exact_match_with_and_without_the_adapter(
 async def test_a_swapped_adapter_does_not_pass(
     demo_server: Any, uploaded: list[str], skills: dict[str, Any]
 ) -> None:
-    """The companion: were requests served with another adapter's weights, the test above would fail."""
+    """The companion: were requests served with another adapter's weights, the test above would
+    fail.
+    """
     wrong = dict(zip(uploaded, uploaded[1:] + uploaded[:1], strict=True))
     async with httpx.AsyncClient(base_url=demo_server.url, timeout=120) as http:
         for name in uploaded:
