@@ -258,10 +258,10 @@ def _is_old_tar(magic: bytes) -> bool:
 
 
 def _refuse_format(magic: bytes) -> NoReturn:
-    if magic[:1] == b"\x80" and magic[1:2] <= b"\x05":
-        _refuse("weights_pickle", f"this is a pickle, which can run code; {_RESAVE}")
     if magic[8:9] == b"{":
         _refuse("archive_format", "this is a bare safetensors file; upload it with its config")
+    if magic[:1] == b"\x80" and magic[1:2] <= b"\x05":
+        _refuse("weights_pickle", f"this is a pickle, which can run code; {_RESAVE}")
     kind = next((name for start, name in _OTHERS.items() if magic.startswith(start)), "this")
     _refuse("archive_format", f"{kind} is not supported; upload a zip, tar or tar.gz")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,6 +101,12 @@ class AdapterConfig:
             alpha = next((alpha for hits, alpha in alpha_keys if hits(path)), self.lora_alpha)
             resolved[path] = ModuleLora(rank, alpha, self._scale(rank, alpha))
         return resolved
+
+    def idle_patterns(self, paths: Iterable[str]) -> list[str]:
+        """Keys of rank_pattern and alpha_pattern that match none of these paths: misspelt?"""
+        paths = list(paths)
+        keys = {**self.rank_pattern, **self.alpha_pattern}
+        return [key for key in keys if not any(map(tail_matcher(key), paths))]
 
     def _scale(self, rank: int, alpha: float) -> float:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank

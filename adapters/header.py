@@ -155,16 +155,17 @@ def _scan(file: IO[bytes], tensor: TensorInfo) -> TensorScan:
 
 def _read_json(file: IO[bytes], file_bytes: int, limits: Limits) -> dict[str, Any]:
     prefix = file.read(8)
-    if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1:2] <= b"\x05"):
-        _refuse(
-            "weights_pickle",
-            "the weights are a pickle (torch.save), which can run code when read; "
-            "save them with save_pretrained(..., safe_serialization=True)",
-        )
     if len(prefix) < 8:
         _refuse("header_truncated", f"{file_bytes} bytes are no safetensors file; upload it again")
     (size,) = struct.unpack("<Q", prefix)
     if size > file_bytes - 8:
+        # A pickle's first bytes make an absurd length; a short header may begin with the same two.
+        if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and prefix[1:2] <= b"\x05"):
+            _refuse(
+                "weights_pickle",
+                "the weights are a pickle (torch.save), which can run code when read; "
+                "save them with save_pretrained(..., safe_serialization=True)",
+            )
         _refuse(
             "header_truncated",
             f"the header claims {size} bytes but only {file_bytes - 8} follow; "
@@ -179,8 +180,7 @@ def _read_json(file: IO[bytes], file_bytes: int, limits: Limits) -> dict[str, An
     if raw[:1] != b"{":
         _refuse("header_invalid", "the header does not begin with '{'; is it safetensors?")
     try:
-        # Padding is spaces and nothing else; other white space at the end has no business here.
-        entries: dict[str, Any] = strict_json.loads(raw.rstrip(b" "))
+        entries: dict[str, Any] = strict_json.loads(raw)  # padding is white space, as JSON allows
     except ValueError as error:
         _refuse("header_invalid", f"the header is not JSON: {error}")
     return entries

@@ -44,10 +44,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class StagedFile:
     """A file that is hashed and bounded as its bytes arrive; `commit` makes it durable."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, stamps: dict[str, FileStamp]) -> None:
         with _room():
             self._file: BinaryIO = path.open("xb")
         self._sha = hashlib.sha256()
+        self._stamps = stamps
         self.name = path.name
         self.limit = limit
         self.size_bytes = 0
@@ -62,13 +63,10 @@ class StagedFile:
         with _room():
             self._file.write(data)
 
-    @property
-    def stamp(self) -> FileStamp:
-        return FileStamp(self.size_bytes, self._sha.hexdigest())
-
     def close(self) -> None:
         with _room():
             self._file.close()
+        self._stamps[self.name] = FileStamp(self.size_bytes, self._sha.hexdigest())
 
     def __enter__(self) -> StagedFile:
         return self
@@ -91,11 +89,12 @@ class Staging:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.stamps: dict[str, FileStamp] = {}  # what arrived, of every file written
 
     def writer(self, name: str, limit: int) -> StagedFile:
         """A new file in the folder. name: ours, never the client's."""
         assert Path(name).name == name, f"{name!r} is no plain file name"
-        return StagedFile(self.path / name, limit)
+        return StagedFile(self.path / name, limit, self.stamps)
 
 
 class AdapterStore:
@@ -178,8 +177,13 @@ class AdapterStore:
     def commit(self, staging: Staging, manifest: AdapterManifest) -> Path:
         """Make a staged adapter part of the store; the same content twice is stored once.
 
-        Returns its folder. From then on the adapter survives a power cut. Raises: StorageFull.
+        Returns its folder. From then on the adapter survives a power cut.
+
+        Raises: StorageFull; AdapterCorrupt if the manifest describes other bytes than arrived.
         """
+        for name, stamp in manifest.files.items():
+            if staging.stamps.get(name, stamp) != stamp:
+                raise AdapterCorrupt(f"{name} changed between its arrival and its validation")
         for leftover in set(os.listdir(staging.path)) - set(manifest.files):
             (staging.path / leftover).unlink()
         raw = manifest.to_json()

@@ -237,6 +237,10 @@ def _warnings(config: AdapterConfig, findings: Findings, base_model: str | None)
                 actual=config.base_model,
             )
         )
+    if unmatched := config.idle_patterns(findings.resolved):
+        shown = ", ".join(repr(key[:80]) for key in unmatched[:3])
+        message = f"{len(unmatched)} keys of rank_pattern or alpha_pattern match nothing: {shown}"
+        warnings.append(Problem("pattern_unmatched", message, file=CONFIG_FILE))
     idle = [
         key.path
         for key, info in sorted(findings.factors.items())

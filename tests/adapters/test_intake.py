@@ -1,0 +1,351 @@
+"""From two files to a manifest: what is refused, with which code, and what the manifest says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraplex.adapters.errors import AdapterCorrupt, AdapterRefused
+from loraplex.adapters.intake import inspect
+from loraplex.adapters.limits import Limits
+from loraplex.adapters.manifest import AdapterManifest
+from loraplex.engine.api import ModuleShape
+
+PREFIX = "base_model.model."
+Q0_A = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+Q0_B = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"
+
+Change = Callable[[Any], None]
+
+
+def tensors(**changes: Any) -> Change:
+    """Replace (or with None drop) tensors: A or B of layer 0's q_proj, or any by its name."""
+
+    def change(draft: Any) -> None:
+        for name, value in changes.items():
+            key = {"A": Q0_A, "B": Q0_B}.get(name, name)
+            if value is None:
+                del draft.tensors[key]
+            else:
+                draft.tensors[key] = value
+
+    return change
+
+
+def config(**changes: Any) -> Change:
+    return lambda draft: draft.config.update(changes)
+
+
+def renamed(old: str, new: str) -> Change:
+    def change(draft: Any) -> None:
+        draft.tensors = {re.sub(old, new, name): t for name, t in draft.tensors.items()}
+
+    return change
+
+
+def added(name: str, *shape: int) -> Change:
+    return tensors(**{PREFIX + name: np.ones(shape, "f4")})
+
+
+def poisoned(value: float) -> Change:
+    def change(draft: Any) -> None:
+        draft.tensors[Q0_B][3, 1] = value
+
+    return change
+
+
+def edited(edit: Callable[[bytes], bytes]) -> Change:
+    def change(draft: Any) -> None:
+        draft.edit_file = edit
+
+    return change
+
+
+def ones(*shape: int, kind: str = "f4") -> Any:
+    return np.ones(shape, kind)
+
+
+BROKEN: dict[str, tuple[Change, set[str]]] = {
+    "missing A": (tensors(A=None), {"pair_incomplete"}),
+    "missing B": (tensors(B=None), {"pair_incomplete"}),
+    "missing both": (tensors(A=None, B=None), {"tensor_missing"}),
+    "A transposed": (tensors(A=ones(32, 4)), {"shape_mismatch", "rank_mismatch"}),
+    "A for another width": (tensors(A=ones(4, 31)), {"shape_mismatch"}),
+    "B for another width": (tensors(B=ones(33, 4)), {"shape_mismatch"}),
+    "A of one dimension": (tensors(A=ones(128)), {"shape_mismatch"}),
+    "A of three dimensions": (tensors(A=ones(4, 32, 1)), {"shape_mismatch"}),
+    "A of no dimension": (tensors(A=np.float32(1).reshape(())), {"shape_mismatch"}),
+    "A empty": (tensors(A=ones(0, 32)), {"shape_mismatch", "rank_mismatch"}),
+    "ranks of A and B differ": (tensors(A=ones(3, 32)), {"rank_mismatch"}),
+    "another rank than the config's": (config(r=5), {"rank_mismatch"}),
+    "another rank than rank_pattern's": (
+        config(rank_pattern={"0.self_attn.q_proj": 2}),
+        {"rank_mismatch"},
+    ),
+    "rank beyond the limit": (config(r=513), {"rank_too_large", "rank_mismatch"}),
+    "integers": (tensors(A=ones(4, 32, kind="i4")), {"dtype_unsupported"}),
+    "NaN": (poisoned(math.nan), {"not_finite"}),
+    "infinity": (poisoned(-math.inf), {"not_finite"}),
+    "unknown module": (
+        renamed("q_proj", "z_proj"),
+        {"module_unknown", "tensor_missing"},
+    ),
+    "layer beyond the model": (
+        renamed(r"layers\.0", "layers.99"),
+        {"module_unknown", "tensor_missing"},
+    ),
+    "made for a model without head": (
+        renamed(r"model\.model\.layers", "model.layers"),
+        {"module_unknown", "tensor_missing"},
+    ),
+    "a module the config does not name": (
+        config(target_modules=["v_proj"]),
+        {"tensor_untargeted"},
+    ),
+    "a target without tensors": (
+        config(target_modules=["q_proj", "v_proj", "up_proj"]),
+        {"tensor_missing"},
+    ),
+    "a target this model lacks": (
+        config(target_modules=["q_proj", "v_proj", "c_attn"]),
+        {"target_unmatched"},
+    ),
+    "the same tensor twice": (
+        added("model.layers.0.self_attn.q_proj.lora_A.default.weight", 4, 32),
+        {"tensor_duplicate"},
+    ),
+    "DoRA": (
+        added("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 32),
+        {"tensor_unsupported"},
+    ),
+    "a bias of B": (
+        added("model.layers.0.self_attn.q_proj.lora_B.bias", 32),
+        {"tensor_unsupported"},
+    ),
+    "an adapted embedding": (
+        added("model.embed_tokens.lora_embedding_A", 4, 64),
+        {"tensor_unsupported"},
+    ),
+    "a saved head": (added("lm_head.weight", 64, 32), {"tensor_unsupported"}),
+    "a tensor of nothing": (added("hello", 3), {"tensor_unsupported"}),
+    "another adapter's name": (
+        renamed("lora_A.weight", "lora_A.mine.weight"),
+        {"tensor_unsupported", "pair_incomplete"},
+    ),
+    "truncated": (edited(lambda data: data[: len(data) // 2]), {"file_truncated"}),
+    "trailing bytes": (edited(lambda data: data + b"1234"), {"trailing_bytes"}),
+    "header length a lie": (
+        edited(lambda data: struct.pack("<Q", 2**62) + data[8:]),
+        {"header_truncated"},
+    ),
+    "no file to speak of": (edited(lambda data: b""), {"header_truncated"}),
+}
+
+
+def refusal(folder: Path, modules: list[ModuleShape], limits: Limits | None = None) -> Any:
+    with pytest.raises(AdapterRefused) as refused:
+        inspect(folder, modules, limits)
+    return refused.value
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken(kind: str, draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> None:
+    change, codes = BROKEN[kind]
+    change(draft)
+    refused = refusal(draft.write(tmp_path), modules)
+    assert {p.code for p in refused.problems} == codes
+    assert all(p.file and 15 < len(p.message) < 400 for p in refused.problems)
+    json.dumps([p.to_dict() for p in refused.problems])
+
+
+def test_a_wrong_shape_names_tensor_expected_and_actual(
+    draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    draft.tensors[Q0_B] = ones(33, 4)
+    (problem,) = refusal(draft.write(tmp_path), modules).problems
+    assert problem.to_dict() == {
+        "code": "shape_mismatch",
+        "message": problem.message,
+        "file": "adapter_model.safetensors",
+        "tensor": Q0_B,
+        "expected": "[32, rank]",
+        "actual": "[33, 4]",
+    }
+
+
+def test_all_problems_of_both_files_at_once(
+    draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    draft.config |= {"use_dora": True, "surprise": 1, "target_modules": ["q_proj", "v_proj", "x"]}
+    del draft.tensors[Q0_B]
+    poisoned_name = f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"
+    draft.tensors[poisoned_name][0, 0] = math.nan
+    refused = refusal(draft.write(tmp_path), modules)
+    assert {p.code for p in refused.problems} == {
+        "feature_unsupported",
+        "key_unknown",
+        "target_unmatched",
+        "pair_incomplete",
+        "not_finite",
+    }
+    assert f"and {len(refused.problems) - 1} more" in refused.message
+
+
+def test_tensors_are_checked_even_if_the_config_is_unreadable(
+    draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    draft.raw_config = b"{"
+    del draft.tensors[Q0_B]
+    codes = [p.code for p in refusal(draft.write(tmp_path), modules).problems]
+    assert codes == ["config_not_json", "pair_incomplete"]
+
+
+def test_missing_files(tmp_path: Path, modules: list[ModuleShape]) -> None:
+    codes = [p.code for p in refusal(tmp_path, modules).problems]
+    assert codes == ["config_missing", "weights_missing"]
+
+
+def test_limits_of_the_caller(draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> None:
+    draft.write(tmp_path)
+    refused = refusal(tmp_path, modules, Limits(max_rank=2))
+    assert [p.code for p in refused.problems] == ["rank_too_large"]
+    refused = refusal(tmp_path, modules, Limits(max_config_bytes=10))
+    assert [p.code for p in refused.problems] == ["config_too_large"]
+
+
+def test_the_manifest(draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> None:
+    draft.config |= {"rank_pattern": {"1.self_attn.q_proj": 20}, "use_rslora": True}
+    draft.config["base_model_name_or_path"] = "org/tiny"
+    path = "model.layers.1.self_attn.q_proj"
+    draft.tensors[f"{PREFIX}{path}.lora_A.weight"] = ones(20, 32)
+    draft.tensors[f"{PREFIX}{path}.lora_B.weight"] = ones(32, 20)
+    manifest = inspect(draft.write(tmp_path), modules, base_model="/models/Tiny/")
+    assert (manifest.rank, manifest.pages, manifest.alpha) == (20, 2, 8)
+    assert manifest.scaling == 8 / math.sqrt(4)
+    assert manifest.target_modules == ("q_proj", "v_proj")
+    numbers = sum(t.size for t in draft.tensors.values())
+    assert (manifest.num_parameters, manifest.size_bytes) == (numbers, numbers * 4)
+    assert (manifest.dtype, manifest.base_model, manifest.warnings) == ("float32", "org/tiny", ())
+    assert re.fullmatch("[0-9a-f]{64}", manifest.digest)
+    module = next(m for m in manifest.modules if m.path == path)
+    assert (module.rank, module.scaling) == (20, 8 / math.sqrt(20))
+    assert (module.in_features, module.out_features) == (32, 32)
+    assert AdapterManifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"format": 2}', b'{"format": 1}'])
+def test_a_manifest_that_is_none(raw: bytes) -> None:
+    with pytest.raises(AdapterCorrupt):
+        AdapterManifest.from_json(raw)
+
+
+def test_a_store_filled_for_another_model(
+    draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    manifest = inspect(draft.write(tmp_path), modules)
+    assert manifest.mismatches(modules) == []
+    shallow = [m for m in modules if ".2." not in m.path]
+    assert {p.code for p in manifest.mismatches(shallow)} == {"base_model_mismatch"}
+    wide = [ModuleShape(m.path, m.in_features * 2, m.out_features) for m in modules]
+    assert len(manifest.mismatches(wide)) == len(manifest.modules)
+
+
+def test_warnings(draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> None:
+    def codes(model: str | None = None) -> list[str]:
+        folder = draft.write(tmp_path)
+        return [p.code for p in inspect(folder, modules, base_model=model).warnings]
+
+    draft.config["base_model_name_or_path"] = "org/tiny"
+    assert codes("someone/tiny") == []
+    assert codes("org/other") == ["base_model_differs"]
+    draft.config["alpha_pattern"] = {"qproj": 3}
+    assert codes() == ["pattern_unmatched"]
+    del draft.config["alpha_pattern"]
+    draft.tensors[Q0_B] *= 0
+    assert codes() == ["partly_no_effect"]
+    for name in draft.tensors:
+        if "lora_B" in name:
+            draft.tensors[name] *= -0.0
+    assert codes() == ["no_effect"]
+
+
+# --- the digest ----------------------------------------------------------------------------------
+
+
+def reorder(draft: Any) -> None:
+    draft.tensors = dict(reversed(draft.tensors.items()))
+
+
+SAME: dict[str, Change] = {
+    "tensors in another order": reorder,
+    "keys in another order": lambda d: setattr(d, "config", dict(reversed(d.config.items()))),
+    "no prefix": renamed(r"base_model\.model\.", ""),
+    "with the adapter's name": renamed(r"lora_(.)\.weight", r"lora_\1.default.weight"),
+    "other training settings": config(lora_dropout=0.3, inference_mode=True, peft_version="9"),
+    "alpha as a float": config(lora_alpha=8.0),
+    "targets in another order": config(target_modules=["v_proj", "q_proj"]),
+    "padding in the header": edited(
+        lambda data: (
+            struct.pack("<Q", struct.unpack("<Q", data[:8])[0] + 3)
+            + data[8:].replace(b"}}", b"}}   ", 1)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_digest_is_of_the_meaning(
+    kind: str, draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    before = inspect(draft.write(tmp_path), modules).digest
+    SAME[kind](draft)
+    assert inspect(draft.write(tmp_path), modules).digest == before
+
+
+def flip(draft: Any) -> None:
+    draft.tensors[Q0_A].view("u4")[0, 0] ^= 1
+
+
+def swap(draft: Any) -> None:
+    other = Q0_A.replace("layers.0", "layers.1")
+    draft.tensors[Q0_A], draft.tensors[other] = draft.tensors[other], draft.tensors[Q0_A]
+
+
+def narrower(draft: Any) -> None:
+    draft.tensors[Q0_A] = draft.tensors[Q0_A].astype("f2")
+
+
+OTHER: dict[str, Change] = {
+    "one bit": flip,
+    "two tensors swapped": swap,
+    "another dtype": narrower,
+    "another alpha": config(lora_alpha=9),
+    "rslora": config(use_rslora=True),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_the_digest_tells_meanings_apart(
+    kind: str, draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    before = inspect(draft.write(tmp_path), modules).digest
+    OTHER[kind](draft)
+    assert inspect(draft.write(tmp_path), modules).digest != before
+
+
+def test_the_digest_never_changes_between_releases(
+    draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    """Registries hold digests for years: old adapters must not get a second identity."""
+    for i, name in enumerate(sorted(draft.tensors)):
+        draft.tensors[name] = np.full(draft.tensors[name].shape, i + 1, "f4")
+    manifest = inspect(draft.write(tmp_path), modules)
+    assert manifest.digest == ("d6ea7992960efa01904c3cee8278740fd34d89649dbe36f71bc10ef7e4b295f4")
