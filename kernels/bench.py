@@ -1,9 +1,10 @@
 """What adapters and attention cost on this CPU: `python -m loraplex.kernels.bench [case ...]`.
 
-Question: is a decode step with adapters limited by the bytes of the adapters it uses (and attention by the bytes of the
-KV cache)? Physics: floor = bytes / sequential read bandwidth, measured first. The LoRA time is that of all operations
-of a step except the base linears, with adapters minus without. Numbers are the 20th percentile over interleaved
-repetitions. The last line is JSON for machines.
+Question: is a decode step with adapters limited by the bytes of the adapters it uses (and attention
+by the bytes of the KV cache)? Physics: floor = bytes / sequential read bandwidth, measured first.
+The LoRA time is that of all operations of a step except the base linears, with adapters minus
+without. Numbers are the 20th percentile over interleaved repetitions. The last line is JSON for
+machines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +64,7 @@ MEDIUM = Model("medium", 24, 1024, 16, 8, 64, 2816)
 
 
 def random_values(count: int) -> Tensor:
-    """Random numbers, repeating after a while: making fresh ones by the gigabyte would take longer."""
+    """Random numbers, repeating after a while: fresh ones by the gigabyte take too long."""
     pattern = torch.randn(1 << 20).to(DTYPE) * 0.02
     return pattern.repeat(-(-count // pattern.numel()))[:count]
 
@@ -97,7 +99,9 @@ def make_pool(model: Model, num_adapters: int) -> tuple[PageTables, list[list[in
 
 def make_lora(tables: PageTables, pages: list[list[int]], rows: list[int]) -> LoraBatch:
     """rows: how many rows each adapter serves, one after the other."""
-    tiles, ids, row = [], [], 0
+    tiles: list[tuple[int, int, int, int]] = []
+    ids: list[int] = []
+    row = 0
     for mine, count in zip(pages, rows, strict=True):
         if count:
             tiles.append((row, count, len(ids), len(mine)))
@@ -120,7 +124,9 @@ def make_lora(tables: PageTables, pages: list[list[int]], rows: list[int]) -> Lo
     )
 
 
-def make_attention(lengths: list[int], queries: list[int], generator: torch.Generator) -> tuple[AttentionBatch, int]:
+def make_attention(
+    lengths: list[int], queries: list[int], generator: torch.Generator
+) -> tuple[AttentionBatch, int]:
     """Sequences in shuffled blocks. Returns the batch and the number of blocks used."""
     counts = [-(-length // BLOCK_SIZE) for length in lengths]
     order = torch.randperm(sum(counts), generator=generator).tolist()
@@ -155,7 +161,9 @@ def make_attention(lengths: list[int], queries: list[int], generator: torch.Gene
 class Step:
     """The operations of one decoder pass on random activations, base linears optional."""
 
-    def __init__(self, model: Model, ops: Ops, rows: int, batch: AttentionBatch, blocks: int) -> None:
+    def __init__(
+        self, model: Model, ops: Ops, rows: int, batch: AttentionBatch, blocks: int
+    ) -> None:
         self.model, self.ops, self.batch = model, ops, batch
         self.kv: KVCache = ops.kv_cache(
             model.layers,
@@ -198,9 +206,7 @@ class Step:
             )
             for x, module in ((self.attended, Module.O), (self.inner, Module.DOWN)):
                 t = ops.lora_shrink(x, lora, layer, (module,))
-                ops.add_rms_norm(
-                    self.x, t, lora, layer, module, self.residual, self.norm, 1e-6
-                )
+                ops.add_rms_norm(self.x, t, lora, layer, module, self.residual, self.norm, 1e-6)
             t = ops.lora_shrink(self.x, lora, layer, GATE_UP)
             ops.swiglu(self.gate_up, t, lora, layer)
 
@@ -208,7 +214,7 @@ class Step:
         for layer in range(self.model.layers):
             self.ops.attention(q, self.kv, layer, self.batch, self.model.head_dim**-0.5, None)
 
-    def linears(self) -> Callable[[], None]:
+    def linears(self) -> Callable[[], object]:
         m, rand = self.model, random_values
         q_width = m.num_heads * m.head_dim
         shapes = (
@@ -231,7 +237,7 @@ class Step:
         return run
 
 
-def milliseconds(runs: dict[str, Callable[[], None]], seconds: float = 1.5) -> dict[str, float]:
+def milliseconds(runs: dict[str, Callable[[], object]], seconds: float = 1.5) -> dict[str, float]:
     """The 20th percentile of each, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -248,7 +254,7 @@ def milliseconds(runs: dict[str, Callable[[], None]], seconds: float = 1.5) -> d
 def read_bandwidth() -> float:
     """GB/s of a sequential read by all threads."""
     data = torch.ones(1 << 26)
-    return data.nbytes / 1e6 / milliseconds({"sum": lambda: data.sum() and None}, 1.0)["sum"]
+    return data.nbytes / 1e6 / milliseconds({"sum": partial(torch.sum, data)}, 1.0)["sum"]
 
 
 def backends() -> list[Ops]:
@@ -267,12 +273,12 @@ def bench_lora(results: dict[str, float], bandwidth: float) -> None:
             tables, pages, nbytes = make_pool(model, adapters)
             lora = [rows // adapters] * adapters
             batch, blocks = make_attention([160] * rows, [1] * rows, generator)
-            runs: dict[str, Callable[[], None]] = {}
+            runs: dict[str, Callable[[], object]] = {}
             for ops in backends():
                 step = Step(model, ops, rows, batch, blocks)
                 with_lora = make_lora(tables, pages, lora)
-                runs[f"{ops.name} base"] = lambda step=step: step.others(None)
-                runs[f"{ops.name} lora"] = lambda step=step, lora=with_lora: step.others(lora)
+                runs[f"{ops.name} base"] = partial(step.others, None)
+                runs[f"{ops.name} lora"] = partial(step.others, with_lora)
             ms = milliseconds(runs)
             floor = nbytes / bandwidth / 1e6
             line = f"{model.name:7} {adapters:3} adapters {rows:3} tokens {floor:8.2f}"
@@ -292,13 +298,13 @@ def bench_attention(results: dict[str, float], bandwidth: float) -> None:
             lengths = torch.randint(low, high, (rows,), generator=generator).tolist()
             width = model.num_kv_heads * model.head_dim
             floor = sum(lengths) * width * 4 * model.layers / bandwidth / 1e6
-            runs: dict[str, Callable[[], None]] = {}
+            runs: dict[str, Callable[[], object]] = {}
             q = random_values(rows * model.num_heads * model.head_dim)
             q = q.view(rows, model.num_heads, model.head_dim)
             for ops in backends():
                 batch, blocks = make_attention(lengths, [1] * rows, generator)
                 step = Step(model, ops, rows, batch, blocks)
-                runs[ops.name] = lambda step=step: step.attention(q)
+                runs[ops.name] = partial(step.attention, q)
             ms = milliseconds(runs, 1.0)
             line = f"{model.name:7} B={rows:2} length {low:3}..{high:3} floor {floor:6.2f}"
             for name, value in ms.items():
@@ -313,15 +319,15 @@ def bench_prefill(results: dict[str, float]) -> None:
     for model in (SMALL, MEDIUM):
         tables, pages, _ = make_pool(model, 4)
         batch, blocks = make_attention([128] * 4, [128] * 4, generator)
-        runs: dict[str, Callable[[], None]] = {}
+        runs: dict[str, Callable[[], object]] = {}
         for ops in backends():
             step = Step(model, ops, 512, batch, blocks)
             lora = make_lora(tables, pages, [128] * 4)
-            runs[f"{ops.name} base"] = lambda step=step: step.others(None)
-            runs[f"{ops.name} lora"] = lambda step=step, lora=lora: step.others(lora)
+            runs[f"{ops.name} base"] = partial(step.others, None)
+            runs[f"{ops.name} lora"] = partial(step.others, lora)
             q = random_values(512 * model.num_heads * model.head_dim)
             q = q.view(512, model.num_heads, model.head_dim)
-            runs[f"{ops.name} attention"] = lambda step=step, q=q: step.attention(q)
+            runs[f"{ops.name} attention"] = partial(step.attention, q)
         runs["linears"] = step.linears()
         ms = milliseconds(runs)
         line = f"{model.name:7} linears {ms['linears']:7.1f}"
@@ -330,7 +336,9 @@ def bench_prefill(results: dict[str, float]) -> None:
             alone = ms[f"{ops.name} lora"] - ms[f"{ops.name} base"]
             results[f"prefill/{model.name}/{ops.name}"] = alone
             line += f"  {ops.name} lora {alone:6.1f} ({alone / ms['linears'] * 100:.0f} %)"
-            line += f" other {ms[f'{ops.name} base']:.1f} attention {ms[f'{ops.name} attention']:.1f}"
+            line += (
+                f" other {ms[f'{ops.name} base']:.1f} attention {ms[f'{ops.name} attention']:.1f}"
+            )
         print(line, flush=True)
 
 
@@ -364,7 +372,7 @@ def main(names: list[str]) -> None:
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
     results: dict[str, float] = {"bandwidth_gb_s": bandwidth}
-    cases: dict[str, Callable[[], None]] = {
+    cases: dict[str, Callable[[], object]] = {
         "lora": lambda: bench_lora(results, bandwidth),
         "attention": lambda: bench_attention(results, bandwidth),
         "prefill": lambda: bench_prefill(results),

@@ -1,4 +1,5 @@
-"""Paged keys and values in plain torch, and attention over them.
+"""Paged keys and values in plain torch, and attention over them: decodes in one padded call on
+their mirror, prefills one call per sequence.
 
 Pages are token-major, so a step's write is one `index_copy_` per tensor and a gathered block table
 reads as a view.
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraplex.kernels.decode_mirror import DecodeMirror, DecodeStep
 from loraplex.kernels.ops import AttentionBatch
+
+MIRROR_BYTES = 512 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -20,13 +24,17 @@ class AttentionPlan:
     """One step's notes: the last written keys and values, and the masks, shared by all layers."""
 
     owner: TorchKVCache
+    decodes: DecodeStep | None  # None: the mirror is full, gather instead
     k: Tensor | None = None  # [T, Hk, D] just written
     v: Tensor | None = None
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
 class TorchKVCache:
-    """K and V: `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`."""
+    """K and V: `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`.
+
+    mirror_bytes: bound on the contiguous copy kept for decodes, beyond `nbytes`.
+    """
 
     def __init__(
         self,
@@ -37,6 +45,7 @@ class TorchKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        mirror_bytes: int = MIRROR_BYTES,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -46,6 +55,7 @@ class TorchKVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.nbytes = self.k.nbytes + self.v.nbytes
+        self.mirror = DecodeMirror(self.k, self.v, block_size, mirror_bytes)
 
     def copy_block(self, source: int, target: int) -> None:
         size = self.block_size
@@ -56,15 +66,18 @@ class TorchKVCache:
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         plan = batch.plan
         if not isinstance(plan, AttentionPlan) or plan.owner is not self:
-            batch.plan = plan = AttentionPlan(self)
+            batch.plan = plan = AttentionPlan(self, self.mirror.step(batch))
         return plan
 
     def write(self, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
         """Store the step's keys and values, `[T, Hk, D]` each, at `batch.slot_mapping`."""
+        plan = self.plan(batch)  # before the write: it may gather the past
         self.k[layer].index_copy_(0, batch.slot_mapping, k)
         self.v[layer].index_copy_(0, batch.slot_mapping, v)
-        plan = self.plan(batch)
         plan.k, plan.v = k, v
+        if plan.decodes is not None:
+            count = batch.num_decodes
+            self.mirror.write(layer, plan.decodes, k[:count], v[:count])
 
     def gather(self, layer: int, block_table: list[int], length: int) -> tuple[Tensor, Tensor]:
         """The first `length` tokens of a sequence, `[length, Hk, D]` each."""
@@ -85,8 +98,15 @@ def attend(
     window: int | None,
 ) -> Tensor:
     """Causal attention of the step. q: `[T, Hq, D]`. Returns `[T, Hq * D]`."""
+    decodes, count = kv.plan(batch).decodes, batch.num_decodes
+    if decodes is None:
+        count = 0
+    elif count == q.shape[0]:
+        return kv.mirror.attend(layer, decodes, q, scale, window).flatten(1)
     out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-    for index in range(len(batch.seq_ids)):
+    if decodes is not None:
+        out[:count] = kv.mirror.attend(layer, decodes, q[:count], scale, window).flatten(1)
+    for index in range(count, len(batch.seq_ids)):
         first, last = batch.host_query_start[index], batch.host_query_start[index + 1]
         if first == last:
             continue

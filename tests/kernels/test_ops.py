@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from kernel_cases import (
@@ -63,8 +65,13 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _one_thread() -> Iterator[None]:
+    """Small shapes: waiting threads cost more than they bring. Several: see test_select."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def case(composition: str, shape: Shape, dtype: torch.dtype) -> tuple[int, LoraBatch]:

@@ -86,6 +86,19 @@ def test_kernels_that_disagree_are_not_used(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_computes_the_same(
+    native: NativeOps, dtype: torch.dtype, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert backends_agree(native, TorchOps(), dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_self_check_sees_each_operation(native: NativeOps, dtype: torch.dtype) -> None:
     class Broken(TorchOps):
         def __init__(self, broken: str) -> None:
