@@ -435,8 +435,6 @@ class AdapterSlots:
         self._plan_again_at = float("inf")
         device_is_open = host_is_open = True
         for rank, digest in list(self._queue):
-            if rank not in self._wants:
-                continue  # failed a moment ago, for another of its adapters
             resident = self._residents[digest]
             if resident.state is AdapterState.HOST and device_is_open:
                 device_is_open = self._begin_device_load(resident, rank)

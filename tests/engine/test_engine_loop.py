@@ -671,6 +671,22 @@ def test_forget_refuses_drains_or_fails_and_frees_all(force: bool) -> None:
     bench.run()
 
 
+def test_a_forget_that_times_out_changes_nothing() -> None:
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=20)
+    while not bench.tokens[name]:
+        bench.step()
+    call = bench.call("forget", digest="a", timeout_s=0.3)
+    for _ in range(4):
+        bench.step()
+    error = bench.answers[call].error
+    assert error is not None
+    assert (error.code, error.kind) == ("adapter_in_use", "adapter_in_use")
+    bench.add([2], {"a": 1.0})
+    bench.run()
+    bench.check_over()
+
+
 def test_questions() -> None:
     bench = Bench()
     bench.add([1, 2, 3], {"a": 1.0}, max_tokens=20)

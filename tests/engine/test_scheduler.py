@@ -171,6 +171,16 @@ def test_the_last_in_order_is_preempted_and_released() -> None:
     assert item.samples
 
 
+def test_the_token_reserved_for_a_decode_is_spent_when_it_is_preempted() -> None:
+    bench = Bench(num_blocks=13, tokens=8)
+    bench.add(2), bench.add(2), bench.add(2, priority=1)
+    for _ in range(6):
+        bench.step()
+    bench.add(24)  # leaves one block, and in three steps each of the others needs one
+    assert bench.shares() == {0: 1, 1: 1, 2: 1, 3: 5}
+    assert bench.shares() == {0: 1, 1: 1, 3: 6}
+
+
 def test_priority_then_arrival_decide_who_is_preempted() -> None:
     bench = Bench(num_blocks=4)
     unimportant, important = bench.add(4, priority=1), bench.add(4)
