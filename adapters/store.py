@@ -175,7 +175,9 @@ class AdapterStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, staging: Staging, manifest: AdapterManifest) -> Path:
-        """Make a staged adapter part of the store; the same content twice is stored once.
+        """Make a staged adapter part of the store.
+
+        The same content twice is stored once; a stored copy that has been damaged is replaced.
 
         Returns its folder. From then on the adapter survives a power cut.
 
@@ -190,17 +192,19 @@ class AdapterStore:
         with staging.writer(MANIFEST_FILE, len(raw)) as file:
             file.write(raw)
         target = self.path(manifest.digest)
+        damaged = target.exists() and not self._is_whole(target)
         with _room():
             for name in (*manifest.files, MANIFEST_FILE, "."):
                 _sync(staging.path / name)
         with _room(), self._locked():
             target.parent.mkdir(exist_ok=True)
             _sync(self.root)
-            if target.exists() and not self._is_whole(target):
-                self._discard(target)  # damaged since; the upload repairs it
+            grave = self._discard(target) if damaged and target.exists() else None
             if not target.exists():
                 os.rename(staging.path, target)
             _sync(target.parent)
+        if grave:
+            shutil.rmtree(grave, ignore_errors=True)
         return target
 
     def remove(self, digest: str) -> int:
@@ -239,10 +243,10 @@ class AdapterStore:
 
     def _is_whole(self, folder: Path) -> bool:
         try:
-            stamps = self.manifest(folder.name).files
-            return all((folder / n).stat().st_size == s.size_bytes for n, s in stamps.items())
-        except (OSError, AdapterNotFound, AdapterCorrupt):
+            self.verify(folder.name)
+        except (AdapterNotFound, AdapterCorrupt):
             return False
+        return True
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
