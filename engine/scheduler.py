@@ -163,24 +163,26 @@ class Scheduler:
 
     def _schedule_waiting(self, chosen: list[ScheduledSequence], budget: int) -> int:
         self._stopped_by = WaitingReason.QUOTA
-        ready: dict[tuple[str, ...], bool] = {}
-        index = 0
-        while index < len(self.waiting) and budget > 0 and len(self.running) < self._max_num_seqs:
-            seq = self.waiting[index]
-            digests = seq.digests
-            if digests not in ready:
-                ready[digests] = self._slots.is_ready(digests)
-            if not ready[digests]:
-                index += 1
+        ready: dict[tuple[str, ...], bool] = {}  # thousands may wait for the same few adapters
+        admitted: list[Sequence] = []
+        for seq in self.waiting:
+            if budget <= 0 or len(self.running) >= self._max_num_seqs:
+                break
+            is_ready = ready.get(seq.digests)
+            if is_ready is None:
+                is_ready = ready[seq.digests] = self._slots.is_ready(seq.digests)
+            if not is_ready:
                 continue
             if not self._blocks.allocate(
                 seq, keep_available=self._keep_available if self.running else 0
             ):
                 self._stopped_by = WaitingReason.KV
                 break
-            del self.waiting[index]
+            admitted.append(seq)
             self._run(seq)
             budget -= self._choose(chosen, seq, min(seq.num_uncomputed_tokens, budget))
+        for seq in admitted:
+            self.waiting.remove(seq)
         return budget
 
     def _choose(self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:

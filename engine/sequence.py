@@ -64,6 +64,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix_hash.py's memo
     composition: tuple[tuple[str, float], ...] = field(init=False)  # `adapters`, sortable
+    digests: tuple[str, ...] = field(init=False)  # of `adapters`
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.composition = tuple((use.digest, use.weight) for use in self.adapters)
+        self.digests = tuple(use.digest for use in self.adapters)
 
     @classmethod
     def from_request(
@@ -128,10 +130,6 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        return tuple(use.digest for use in self.adapters)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -184,6 +184,7 @@ def test_of_the_wanted_the_latest_goes_first() -> None:
     bench.slots.want((0, 1), ["c"])
     bench.settle()
     assert bench.states() == {"a": "device", "b": "host", "c": "device"}
+    assert bench.slots.num_evictions == 1
 
 
 def test_members_of_one_composition_do_not_evict_each_other() -> None:
