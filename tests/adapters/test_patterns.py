@@ -34,6 +34,12 @@ def test_matches_what_re_matches(source: str, samples: list[str]) -> None:
         assert pattern.matches(text) == (re.fullmatch(source, text) is not None), text
 
 
+@pytest.mark.parametrize("source", ["q{2}", "q{1,3}", "q{0,2}", "q{2,}", "(qv?){2,3}", "q+?v*"])
+def test_counted_repeats(source: str) -> None:
+    for text in ("v", "q", "qq", "qqq", "qqqq", "qvq", "qvqvqv", "qvv"):
+        assert Pattern(source).matches(text) == (re.fullmatch(source, text) is not None), text
+
+
 @settings(max_examples=100, deadline=None)
 @given(patterns, st.lists(texts, min_size=1, max_size=5))
 def test_tail_matcher_is_pefts_look_up(source: str, samples: list[str]) -> None:
