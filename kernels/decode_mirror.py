@@ -49,6 +49,7 @@ class DecodeMirror:
         self.max_bytes = max_bytes
         self.sequences: dict[int, Mirrored] = {}
         self._slabs = self._empty(0, 0)
+        self._fused = _fused_is_fast(pages_k)
 
     @property
     def nbytes(self) -> int:
@@ -90,15 +91,18 @@ class DecodeMirror:
         if mask is None:
             assert window is not None
             mask = step.masks[window] = self._window(step, window)
-        count = q.shape[0]
-        out = F.scaled_dot_product_attention(
-            (q if step.rows is None else q[step.rows])[:, :, None],
-            self._slabs[0][layer, :count, :, : step.padded],
-            self._slabs[1][layer, :count, :, : step.padded],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=True,
-        )[:, :, 0]
+        count, num_heads, dim = q.shape
+        q = q if step.rows is None else q[step.rows]
+        k = self._slabs[0][layer, :count, :, : step.padded]
+        v = self._slabs[1][layer, :count, :, : step.padded]
+        if self._fused:
+            out = F.scaled_dot_product_attention(
+                q[:, :, None], k, v, attn_mask=mask, scale=scale, enable_gqa=True
+            )[:, :, 0]
+        else:
+            grouped = q.reshape(count, k.shape[1], num_heads // k.shape[1], dim)
+            scores = torch.matmul(grouped, k.transpose(2, 3)).float().mul_(scale).add_(mask)
+            out = torch.matmul(scores.softmax(-1).to(v.dtype), v).view(count, num_heads, dim)
         return out if step.rows is None else out[step.slots]
 
     def _forget(self, batch: AttentionBatch) -> None:
@@ -183,6 +187,16 @@ class DecodeMirror:
         tokens = torch.arange(step.padded, device=positions.device)
         visible = (tokens <= positions[:, None]) & (tokens > positions[:, None] - window)
         return _additive(visible, self.pages[0].dtype)
+
+
+def _fused_is_fast(pages: Tensor) -> bool:
+    """Torch's fused attention of a single bf16 query takes 7-10 times two batched GEMMs where the CPU
+    has no AMX (Zen 4, 8 x 192 tokens, 16 heads: 2.5 ms against 0.21), half of them where it has.
+    """
+    if pages.dtype != torch.bfloat16 or pages.device.type != "cpu":
+        return True
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(has_amx and has_amx())
 
 
 def _round_up(tokens: int) -> int:

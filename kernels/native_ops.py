@@ -1,24 +1,21 @@
 """`NativeOps`: the operations in C++, adapters applied in place from their pages.
 
 Nothing is prepared per batch but a few small arrays, so any mix of adapters costs its bytes. The
-base model's linears stay with oneDNN, prefill attention with torch. Structures passed by pointer
-mirror those of `native/*.h`.
+base model's linears stay with oneDNN. Structures passed by pointer mirror those of `native/*.h`.
 """
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.kernels.native_build import load_library
 from loraplex.kernels.ops import NUM_MODULES, PAGE_RANKS, AttentionBatch, KVCache, LoraBatch, Module
-from loraplex.kernels.torch_attention import causal_mask
 from loraplex.kernels.torch_ops import TorchOps
 
 MAX_ROWS = 32  # rows of a span, as in lora.h
@@ -26,6 +23,7 @@ SPLIT_TOKENS = 256  # a sequence is cut into parts of at least this for idle thr
 MAX_PARTS = 64
 TILE = 16  # tokens of a key tile
 MAX_HEAD_DIM = 512
+MAX_GROUP = 128  # query heads per key head, MAX_HEADS in attention.h
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 SIGNATURES: dict[str, list[Any]] = {
@@ -42,7 +40,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "decode_attention": [c_void_p] * 2
     + [c_int64, c_void_p, c_int32, c_float, c_int32]
     + [c_void_p],
-    "gather_context": [c_void_p] * 2 + [c_int32] + [c_void_p] * 2,
+    "prefill_attention": [c_void_p, c_int64, c_void_p]
+    + [c_int32] * 4
+    + [c_float, c_void_p, c_void_p],
 }
 
 
@@ -105,9 +105,6 @@ class NativeAttentionPlan:
     address: int
     alive: tuple[object, ...]
     rope: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # cos, sin as given; in fp32
-    k: Tensor | None = None  # [T, Hk, D] just written
-    v: Tensor | None = None
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
 class NativeKVCache:
@@ -188,7 +185,7 @@ class NativeOps(TorchOps):
     _lora_shrink: dict[torch.dtype, Any]
     _rope_kv_write: dict[torch.dtype, Any]
     _decode_attention: dict[torch.dtype, Any]
-    _gather_context: dict[torch.dtype, Any]
+    _prefill_attention: dict[torch.dtype, Any]
 
     def kv_cache(
         self,
@@ -264,10 +261,6 @@ class NativeOps(TorchOps):
             kv.layers[layer],
             batch.slot_mapping.data_ptr(),
         )
-        if len(batch.seq_ids) > batch.num_decodes:
-            shape, stride = (rows, kv.num_kv_heads, dim), (width, dim, 1)
-            plan.k = qkv.as_strided(shape, stride, num_heads * dim)
-            plan.v = qkv.as_strided(shape, stride, (num_heads + kv.num_kv_heads) * dim)
         return qkv.as_strided((rows, num_heads, dim), (width, dim, 1))
 
     def attention(
@@ -281,6 +274,7 @@ class NativeOps(TorchOps):
     ) -> Tensor:
         assert isinstance(kv, NativeKVCache), "a KV cache of another backend"
         rows, num_heads, dim = q.shape
+        assert num_heads // kv.num_kv_heads <= MAX_GROUP, "too many query heads per key head"
         plan = self._attention_plan(kv, batch)
         out = torch.empty(rows, num_heads * dim, dtype=q.dtype)
         if batch.num_decodes:
@@ -302,8 +296,17 @@ class NativeOps(TorchOps):
         for index in range(batch.num_decodes, len(batch.seq_ids)):
             first, last = batch.host_query_start[index], batch.host_query_start[index + 1]
             if first < last:
-                out[first:last] = self._prefill(
-                    q[first:last], kv, layer, batch, index, scale, sliding_window
+                self._prefill_attention[q.dtype](
+                    q.data_ptr() + first * q.stride(0) * q.element_size(),
+                    q.stride(0),
+                    batch.block_tables.data_ptr() + index * batch.block_tables.stride(0) * 4,
+                    last - first,
+                    batch.host_context_lens[index],
+                    num_heads,
+                    sliding_window or 0,
+                    scale,
+                    kv.layers[layer],
+                    out.data_ptr() + first * num_heads * dim * out.element_size(),
                 )
         return out
 
@@ -345,46 +348,6 @@ class NativeOps(TorchOps):
             gate_up.data_ptr(), _address(t, lora), layer, out.data_ptr(), rows, width
         )
         return out
-
-    def _prefill(
-        self,
-        q: Tensor,
-        kv: NativeKVCache,
-        layer: int,
-        batch: AttentionBatch,
-        index: int,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """One sequence with several queries, through torch. q: `[queries, Hq, D]`."""
-        first, last = batch.host_query_start[index], batch.host_query_start[index + 1]
-        length, num_queries = batch.host_context_lens[index], last - first
-        plan = self._attention_plan(kv, batch)
-        if length == num_queries and plan.k is not None and plan.v is not None:
-            k, v = plan.k[first:last].transpose(0, 1), plan.v[first:last].transpose(0, 1)
-        else:
-            k = torch.empty(kv.num_kv_heads, length, kv.head_dim, dtype=q.dtype)
-            v = torch.empty_like(k)
-            table = batch.block_tables[index].data_ptr()
-            self._gather_context[q.dtype](
-                kv.layers[layer], table, length, k.data_ptr(), v.data_ptr()
-            )
-        mask = None
-        if length != num_queries or (window is not None and length > window):
-            mask = plan.masks.get((index, window))
-            if mask is None:
-                mask = causal_mask(num_queries, length, window, q.device)
-                plan.masks[index, window] = mask
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k[None],
-            v[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
-        )
-        return out[0].transpose(0, 1).flatten(1)
 
     def _follow_threads(self) -> None:
         """Use as many threads as torch does now."""

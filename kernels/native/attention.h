@@ -1,4 +1,4 @@
-// Decode attention on pages in place, and the gather of a context for prefill.
+// Decode attention: one query of each sequence, on pages in place.
 #pragma once
 #include "fused.h"
 
@@ -229,21 +229,4 @@ void decode_attention(const AttentionStep& step, const T* q, int64_t q_stride, c
     });
     if (parts > 1)
         for (int sequence = 0; sequence < step.num_decodes; sequence++) finish(sequence, 0, num_heads);
-}
-
-// The first `length` tokens of a sequence, contiguous: k, v [Hk, length, D].
-template <class T> void gather_context(const KVLayer& kv, const int32_t* table, int length, T* k, T* v) {
-    const int dim = kv.head_dim, tiles = (length + LANES - 1) / LANES, per_block = kv.block_size / LANES;
-    parallel_for(kv.num_kv_heads * tiles, true, [&](int item) {
-        const int head = item / tiles, tile = item % tiles;
-        const int64_t from =
-            ((int64_t(table[tile / per_block]) * kv.num_kv_heads + head) * per_block + tile % per_block) * LANES * dim;
-        const int n = length - tile * LANES < LANES ? length - tile * LANES : LANES;
-        const int64_t to = (int64_t(head) * length + tile * LANES) * dim;
-        memcpy(v + to, static_cast<const T*>(kv.v) + from, int64_t(n) * dim * sizeof(T));
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(static_cast<const T*>(kv.k) + from);
-        for (int token = 0; token < n; token++)
-            for (int d = 0; d < dim / WORD<T>; d++)
-                memcpy(k + to + token * dim + d * WORD<T>, words + d * LANES + token, 4);
-    });
 }

@@ -1,5 +1,5 @@
 // The C entry points, one per operation and storage type. Plain pointers only: nothing of torch is needed to compile.
-#include "attention.h"
+#include "prefill.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -29,8 +29,9 @@ EXPORT void set_num_threads(int n) { num_threads = n; }
                                               const KVLayer* kv, int num_heads, float scale, int window, T* out) {       \
         decode_attention(*step, q, q_stride, *kv, num_heads, scale, window, out);                                        \
     }                                                                                                                    \
-    EXPORT void gather_context_##SUFFIX(const KVLayer* kv, const int32_t* table, int length, T* k, T* v) {           \
-        gather_context(*kv, table, length, k, v);                                                                        \
+    EXPORT void prefill_attention_##SUFFIX(const T* q, int64_t q_stride, const int32_t* table, int num_queries, int length, \
+                                           int num_heads, int window, float scale, const KVLayer* kv, T* out) {           \
+        prefill_attention<T>({q, q_stride, table, num_queries, length, num_heads, window, scale, out}, *kv);             \
     }
 
 INSTANTIATE(float, f32)
