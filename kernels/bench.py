@@ -1,10 +1,13 @@
-"""What adapters and attention cost on this CPU: `python -m loraplex.kernels.bench [case ...]`.
+"""What adapters and attention cost on this CPU.
 
-Question: is a decode step with adapters limited by the bytes of the adapters it uses (and attention
-by the bytes of the KV cache)? Physics: floor = bytes / sequential read bandwidth, measured first.
+    GOMP_SPINCOUNT=1000 python -m loraplex.kernels.bench [lora|attention|prefill|linears ...]
+
+Question: is a decode step with adapters limited by the bytes of the adapters it uses, and attention
+by the bytes of the KV cache? Physics: floor = bytes / sequential read bandwidth, measured first.
 The LoRA time is that of all operations of a step except the base linears, with adapters minus
-without. Numbers are the 20th percentile over interleaved repetitions. The last line is JSON for
-machines.
+without. Numbers are the 20th percentile over interleaved repetitions, wall clock, so a machine with
+other work to do shows more; the environment variable, which the engine process sets too, keeps
+threads from spinning then. The last line is JSON for machines.
 """
 
 from __future__ import annotations

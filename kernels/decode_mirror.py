@@ -190,8 +190,8 @@ class DecodeMirror:
 
 
 def _fused_is_fast(pages: Tensor) -> bool:
-    """Torch's fused attention of a single bf16 query takes 7-10 times two batched GEMMs where the CPU
-    has no AMX (Zen 4, 8 x 192 tokens, 16 heads: 2.5 ms against 0.21), half of them where it has.
+    """Torch's fused attention of a single bf16 query takes 7-10 times two batched GEMMs where the
+    CPU has no AMX (Zen 4, 8 x 192 tokens, 16 heads: 2.5 ms against 0.21), half where it has.
     """
     if pages.dtype != torch.bfloat16 or pages.device.type != "cpu":
         return True
