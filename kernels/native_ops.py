@@ -200,6 +200,7 @@ class NativeOps(TorchOps):
         return NativeKVCache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert weight.dtype == x.dtype, "activations and norm weight differ in dtype"
         x = x.contiguous()
         out = torch.empty_like(x)
         rows, width = x.shape
@@ -214,6 +215,7 @@ class NativeOps(TorchOps):
         plan = self._lora_plan(lora, x.shape[0])
         if not any((layer, module) in plan.adapted for module in modules):
             return None
+        assert x.dtype == lora.tables.arena.dtype, "activations and adapter pages differ in dtype"
         x = x.contiguous()
         known = self._modules.get(modules)
         if known is None:
@@ -244,6 +246,7 @@ class NativeOps(TorchOps):
         rope = plan.rope
         if rope is None or rope[0] is not cos or rope[1] is not sin:
             plan.rope = rope = (cos, sin, cos.float().contiguous(), sin.float().contiguous())
+        assert qkv.dtype == kv.k.dtype, "activations and KV cache differ in dtype"
         qkv = qkv.contiguous()
         rows, width = qkv.shape
         dim = kv.head_dim
@@ -322,6 +325,7 @@ class NativeOps(TorchOps):
         eps: float,
     ) -> Tensor:
         assert residual.is_contiguous(), "residual is changed in place and must be contiguous"
+        assert y.dtype == residual.dtype == weight.dtype, "y, residual and norm weight differ"
         out = torch.empty_like(residual)
         rows, width = residual.shape
         self._add_rms_norm[residual.dtype](
@@ -362,6 +366,7 @@ class NativeOps(TorchOps):
             return plan
         self._follow_threads()
         tables = lora.tables
+        _check_tables(lora)
         spans: list[tuple[int, int, int, int, int]] = []
         t_size = 0
 
@@ -416,7 +421,9 @@ class NativeOps(TorchOps):
         pairs = num_decodes * kv.num_kv_heads
         if 0 < pairs < 4 * self._num_threads:
             parts = min(4 * self._num_threads // pairs, -(-max(lengths) // SPLIT_TOKENS), MAX_PARTS)
-        assert batch.block_tables.is_contiguous()
+        assert batch.block_tables.is_contiguous(), "block tables must be contiguous"
+        assert batch.block_tables.dtype == batch.context_lens.dtype == torch.int32
+        assert batch.slot_mapping.dtype == torch.int64, "slots must be int64"
         step = AttentionStep(
             batch.block_tables.data_ptr(),
             batch.context_lens.data_ptr(),
@@ -435,6 +442,23 @@ def _address(t: Tensor | None, lora: LoraBatch | None) -> int | None:
         return None
     assert isinstance(lora.plan, NativeLoraPlan), "expand without a shrink"
     return lora.plan.address
+
+
+def _check_tables(lora: LoraBatch) -> None:
+    """The kernels read these by address: another dtype or stride would be another program's memory."""
+    tables = lora.tables
+    expected = (
+        (tables.offset_a, torch.int64),
+        (tables.offset_b, torch.int64),
+        (tables.live_ranks, torch.int32),
+        (tables.scaling, torch.float32),
+        (lora.page_ids, torch.int32),
+        (lora.page_weights, torch.float32),
+    )
+    for tensor, dtype in expected:
+        assert tensor.dtype == dtype, f"page table of {tensor.dtype} instead of {dtype}"
+        assert tensor.is_contiguous(), "page tables must be contiguous"
+        assert tensor.device.type == "cpu", "page tables must lie in host memory"
 
 
 def _adapted(lora: LoraBatch) -> frozenset[tuple[int, int]]:

@@ -68,8 +68,8 @@ class LoraBatch:
     Python.
 
     adapted: the (layer, module) pairs that any page of the batch adapts.
-    plan: a backend's own notes. Successive steps share a batch object while its rows, the number of
-    all rows T and the tables' version stay the same.
+    plan: a backend's own notes. A batch object may serve another step only if the rows, their pages
+    and the tables' version are the same.
     """
 
     tables: PageTables

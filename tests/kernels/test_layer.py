@@ -150,7 +150,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 def run(ops: Ops, model: Decoder) -> tuple[float, float]:
-    """Serves four sequences over many steps. Returns the largest and the mean error of the states."""
+    """Serves four sequences over many steps. Returns the largest and the mean error."""
     shape = model.shape
     kv = new_cache(ops, shape, model.dtype)
     sequences = Sequences(shape)
