@@ -805,7 +805,8 @@ class EngineMachine(RuleBasedStateMachine):
         for digest in "abcd":
             bench.engine.call(api.Call(-ord(digest), "unpin", digest=digest))
         bench.loader.succeed_from_now_on()
-        bench.run()
+        # Up to 50 requests of some 20 tokens, in the worst case one token a step, some of it twice.
+        bench.run(limit=5000)
         bench.check_over()
         assert set(self.calls) <= bench.answers.keys()
 
