@@ -445,7 +445,7 @@ def _address(t: Tensor | None, lora: LoraBatch | None) -> int | None:
 
 
 def _check_tables(lora: LoraBatch) -> None:
-    """The kernels read these by address: another dtype or stride would be another program's memory."""
+    """The kernels read these by address: another dtype or stride would be other memory."""
     tables = lora.tables
     expected = (
         (tables.offset_a, torch.int64),
