@@ -215,8 +215,11 @@ def train_adapter(
     target = out / recipe.skill
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
-    # peft adds a model card full of blanks.
+    # peft adds a model card full of blanks, and writes the targets in a set's random order.
     (target / "README.md").unlink(missing_ok=True)
+    saved = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+    saved["target_modules"].sort()
+    write_json(target / "adapter_config.json", saved)
     return curve
 
 
