@@ -17,10 +17,12 @@ from loraplex.engine.wire import LaunchOrder, encode_order
 _TAIL_LINES = 20
 
 # The engine's compute threads share the cores with the API process. GNU OpenMP spins for
-# milliseconds at every barrier before it sleeps, by far too long when another process has the core
-# that it waits for: 32 streams of the demo model on two busy cores gave 60 to 700 tokens/s with its
-# own setting and 3700 to 4900 with this one, some 30 us (Zen 4, November 2026).
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+# milliseconds at every barrier before it sleeps: far too long when another process has the core it
+# waits for, and too short a spin pays a wake-up for every operation. Tokens/s over HTTP, "small" of
+# `loraplex bench table` at concurrency 8 / 32, two quiet Zen 4 cores, November 2026:
+# 1000: 756 / 1315, 5000 (some 150 us): 916 / 1536, 20000: 905 / 1530, GNU's own: 889 / 1542.
+# On cores that others keep busy, GNU's own fell to a tenth of what short spins gave.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "5000"}
 
 
 @dataclass(frozen=True, slots=True)
