@@ -252,10 +252,10 @@ def exact_match(model: Any, encoder: Tokenizer, skill: skills.Skill, inputs: lis
     return round(float(right / len(inputs)), 4)
 
 
-def measure(out: Path, encoder: Tokenizer, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def measure(out: Path, encoder: Tokenizer, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Exact match on held-out inputs, with and without each adapter, from the saved files."""
     base = transformers.LlamaForCausalLM.from_pretrained(out / "model", dtype=dtype).eval()
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, dict[str, Any]] = {}
     model: Any = None
     for recipe in recipes.ADAPTERS:
         skill = skills.by_id(recipe.skill)
@@ -267,10 +267,13 @@ def measure(out: Path, encoder: Tokenizer, dtype: torch.dtype) -> dict[str, dict
         model.to(dtype).eval()
         model.set_adapter(recipe.skill)
         heldout = skills.heldout_inputs(skill, _HELDOUT)
-        row = {
-            "adapter": exact_match(model, encoder, skill, heldout),
-            "adapter_tour": exact_match(model, encoder, skill, list(skill.showcase)),
-        }
+        row: dict[str, Any] = {"adapter": exact_match(model, encoder, skill, heldout)}
+        shown = answers(model, encoder, list(skill.showcase))
+        row["tour_missed"] = [
+            text
+            for text, answer in zip(skill.showcase, shown, strict=True)
+            if answer != skill.answer(text)
+        ]
         with model.disable_adapter():
             row["base"] = exact_match(model, encoder, skill, heldout)
         print(f"{dtype} {recipe.skill}: {row}", flush=True)
@@ -278,8 +281,12 @@ def measure(out: Path, encoder: Tokenizer, dtype: torch.dtype) -> dict[str, dict
     return table
 
 
-def skills_file() -> dict[str, Any]:
-    """What a person or a test needs to try each adapter."""
+def skills_file(missed: dict[str, set[str]]) -> dict[str, Any]:
+    """What a person or a test needs to try each adapter.
+
+    missed: showcase inputs that the trained adapter gets wrong. They are named, not shown: the tour
+    checks the server, and an error of the model there would look like one of the server.
+    """
     return {
         "model": recipes.BASE_NAME,
         "prompt": {
@@ -292,7 +299,12 @@ def skills_file() -> dict[str, Any]:
                 "id": skill.id,
                 "title": skill.title,
                 "description": skill.description,
-                "tour": [{"input": x, "expected": skill.answer(x)} for x in skill.showcase],
+                "tour": [
+                    {"input": x, "expected": skill.answer(x)}
+                    for x in skill.showcase
+                    if x not in missed[skill.id]
+                ],
+                "missed": sorted(missed[skill.id]),
                 "heldout": [
                     {"input": x, "expected": skill.answer(x)}
                     for x in skills.heldout_inputs(skill, _HELDOUT)
@@ -352,7 +364,15 @@ def main() -> None:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
-    write_json(out / "skills.json", skills_file())
+    missed = {
+        recipe.skill: {
+            text
+            for dtype in ("float32", "bfloat16")
+            for text in record["exact_match"][dtype][recipe.skill]["tour_missed"]
+        }
+        for recipe in recipes.ADAPTERS
+    }
+    write_json(out / "skills.json", skills_file(missed))
     write_json(log, record)
     print(f"done in {sum(record['seconds'].values())} seconds of training")
 
