@@ -40,7 +40,7 @@ async def test_exact_match_with_and_without_the_adapter(
             for name in uploaded
             for pair in skills[name]["heldout"][:HELD_OUT_PER_SKILL]
         ]
-        cases.sort(key=lambda case: hash(case[1]))  # adapters interleave, so every step mixes them
+        cases.sort(key=lambda case: case[1])  # adapters interleave, so every step mixes them
         adapted = await asyncio.gather(*(ask(http, name, text) for name, text, _ in cases))
         base = await asyncio.gather(*(ask(http, None, text) for _, text, _ in cases))
     for name in uploaded:
@@ -71,7 +71,7 @@ async def test_a_swapped_adapter_does_not_pass(
             right = sum(
                 text == pair["expected"] for (text, _), pair in zip(answers, pairs, strict=True)
             )
-            assert right <= 5, f"{wrong[name]} does {name}'s work"
+            assert right <= 1, f"{wrong[name]} does {name}'s work"
 
 
 async def test_evicted_adapters_come_back_by_themselves(
