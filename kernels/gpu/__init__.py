@@ -1,0 +1,1 @@
+"""The operations as Triton kernels: CUDA devices, and CPUs under Triton's interpreter."""
