@@ -1,4 +1,4 @@
-"""What several kernels share: reading a tile of the work list, T rows, and `tl.dot` as we need it."""
+"""What several kernels share: reading a tile of the work list, T rows, and our `tl.dot`."""
 
 from __future__ import annotations
 

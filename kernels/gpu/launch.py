@@ -1,8 +1,8 @@
 """Every kernel is started here, so one place can also write down what would be started.
 
 `recording` turns launches into notes: run the operations on meta tensors inside it and the list
-says exactly which kernels, types and configurations a model uses. The offline compile and the start-up
-self-test work from that list, so neither can forget a kernel.
+says exactly which kernels, types and configurations a model uses. The offline compile and the
+start-up self-test work from that list, so neither can forget a kernel.
 """
 
 from __future__ import annotations
