@@ -381,11 +381,12 @@ class Engine:
 
 def _finish(seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
     """Does this token, about to be appended, end the sequence? With the stop token, if one did."""
-    if seq.num_output_tokens >= seq.sampling.min_tokens:
+    num_tokens = len(seq.token_ids)
+    if num_tokens - seq.num_prompt_tokens >= seq.sampling.min_tokens:
         if token_id in seq.eos_token_ids:
             return FinishReason.STOP, None
         if token_id in seq.sampling.stop_token_ids:
             return FinishReason.STOP, token_id
-    if seq.num_tokens + 1 >= seq.max_num_tokens:
+    if num_tokens + 1 >= seq.max_num_tokens:
         return FinishReason.LENGTH, None
     return None, None

@@ -21,6 +21,8 @@ PROMPT_LOGPROB_ROWS = 64
 
 
 class ModelRunner:
+    max_in_flight = 0  # on a CPU a step is over when `launch` returns
+
     def __init__(
         self, decoder: Decoder, kv_cache: KVCache, batches: BatchBuilder, sampler: Sampler
     ) -> None:
@@ -31,7 +33,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> list[StepSample]:
-        """On a CPU the step is over when this returns; `collect` has nothing left to wait for."""
+        """Run the step; `collect` has nothing left to wait for."""
         self._sampler.forget(schedule.released_seq_ids)
         batch = self._batches.build(schedule)
         hidden = self.decoder.forward(batch.token_ids, self.kv_cache, batch.attention, batch.lora)

@@ -189,7 +189,8 @@ class Scheduler:
         start = seq.num_computed_tokens
         self._blocks.publish(seq, start + num_tokens)
         samples = start + num_tokens == seq.num_tokens
-        chosen.append(ScheduledSequence(seq, start, num_tokens, samples))
+        feeds_back = start >= len(seq.token_ids)
+        chosen.append(ScheduledSequence(seq, start, num_tokens, samples, feeds_back))
         return num_tokens
 
     # --- changes of state -----------------------------------------------------------------------

@@ -17,16 +17,19 @@ from loraplex.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens `seq.token_ids[start : start + num_tokens]` run in this step; their blocks are in
+    """Tokens `start` to `start + num_tokens - 1` of `seq` run in this step; their blocks are in
     `seq.block_table`.
 
     `samples`: the run reaches the last token, so its logits choose the next one.
+    `feeds_back`: the one token of this run is pending: not in `seq.token_ids`, but what the last
+    step sampled for this sequence, in the runner's own memory.
     """
 
     seq: Sequence
     start: int
     num_tokens: int
     samples: bool
+    feeds_back: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -72,9 +75,22 @@ class StepSample:
 
 
 class Runner(Protocol):
+    """Steps take effect in the order of their launches: what one writes, later ones read."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many steps may still run when the next one is launched. 0: `launch` is synchronous;
+        1: step n + 1 is launched before step n is collected.
+        """
+        ...
+
     def launch(self, schedule: Schedule) -> Any:
         """Start the step; `schedule.scheduled` is not empty. The handle goes to `collect`, once,
-        in launch order.
+        in launch order, whatever becomes of its sequences.
+
+        All that the runner needs of the sequences it reads here: by the time of `collect` they
+        have moved on, lost their blocks or ended. For a row that samples, `seq.num_tokens` is the
+        position of the token it chooses.
 
         Invariant the prefix cache rests on: within a layer the K and V of *all* the step's tokens
         are written before any attention of that layer reads, since a sequence may share full
@@ -83,5 +99,8 @@ class Runner(Protocol):
         ...
 
     def collect(self, handle: Any) -> list[StepSample]:
-        """Wait for the step; one entry per scheduled sequence, in order."""
+        """Wait for the step; one entry per scheduled sequence, in order.
+
+        When this raises, the step is over, too; the steps launched after it are still collected.
+        """
         ...

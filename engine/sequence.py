@@ -4,9 +4,13 @@
 Chunked prefill, prefix hits, decode and recompute after preemption are all "let it catch up with
 `num_tokens`".
 
-    token_ids:  | prompt ............................ | output ........ |
-                0            num_computed      num_prompt            num_tokens
-                [--- in the KV cache ---)[--- to compute ---------------)
+    token_ids:  | prompt ............................ | output ........ | pending |
+                0            num_computed      num_prompt                   num_tokens
+                [--- in the KV cache ---)[--- to compute ----------------------)
+
+A *pending* token is sampled by a step that still runs: it has its place and counts, but only the
+device knows it yet. "In the KV cache" is meant in the device's order of work: it is there for
+whatever is launched next.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class Sequence:
     seq_id: int
     request: GenerationRequest
     adapters: tuple[AdapterUse, ...]  # canonical; what the model applies
-    token_ids: list[int]  # prompt + output
+    token_ids: list[int]  # prompt + output, as far as known
     num_prompt_tokens: int
     max_num_tokens: int  # prompt + output never grow past this
     eos_token_ids: frozenset[int]  # empty when the request ignores eos
@@ -60,6 +64,7 @@ class Sequence:
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
+    num_pending: int = 0  # at most one per step in flight; none unless a runner has steps in flight
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # prefix_hash.py's memo
@@ -112,11 +117,13 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """With the pending; also the position of the token that is sampled next."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        """With the pending."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -129,12 +136,15 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        """What is left to run. The last token a sequence may have never runs: nothing follows it,
+        so nobody asks for its logits."""
+        return min(self.num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Asked for and not delivered yet: they go out with the first token."""
-        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+        is_first_unknown = len(self.token_ids) == self.num_prompt_tokens
+        return self.sampling.prompt_logprobs is not None and is_first_unknown
 
     @property
     def suppressed_token_ids(self) -> frozenset[int]:

@@ -52,6 +52,8 @@ def next_token(tokens: list[int], adapters: tuple[AdapterUse, ...]) -> int:
 
 
 class FakeRunner:
+    max_in_flight = 0
+
     def __init__(self, num_blocks: int) -> None:
         self.kv: list[Any] = [None] * (num_blocks * BLOCK)
         self.fail_next = False
