@@ -1,12 +1,8 @@
-"""Device memory of the resident adapters: pages of 16 ranks, cut into tiles, packed into frames.
+"""Device memory of the resident adapters: which frames and pages are whose, and the page tables.
 
-A *page* is 16 ranks of one adapter. For each module it adapts in each layer it has two tiles: A
-`[16, in]` and B transposed `[16, out]`. Tiles are packed one after the other into *frames* of one
-size, so any free frame serves any adapter and memory never fragments. A frame holds exactly one
-page of one layer with every module adapted: such adapters waste nothing.
-
-The tables say where each tile lies; `kernels.ops.PageTables` is made of the same tensors. This
-module knows nothing about files, requests or kernels.
+The tables say where each tile lies; `kernels.ops.PageTables` is made of the same tensors. How an
+adapter is cut into tiles is `page_layout.py`'s, how its bytes travel `transport.py`'s. This module
+knows nothing about files, requests or kernels.
 
 Threads: `copy` may run in a loader thread, since nobody reads frames that are not published;
 everything else belongs to the engine's thread, between steps.
@@ -15,7 +11,7 @@ everything else belongs to the engine's thread, between steps.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,42 +20,17 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.page_image import PageImage, build_image, plain_frames
+from loraplex.adapters.page_layout import (
+    PAGE_RANKS,
+    Key,
+    Offsets,
+    PageLayout,
+    frame_elements,
+    pack_tiles,
+)
+from loraplex.adapters.transport import Arrival, transport_to
 from loraplex.adapters.weights import LoadedAdapter
-
-PAGE_RANKS = 16
-ALIGNMENT = 64  # elements: 128 bytes in bf16, a whole number of cache lines
-FUSED_GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))  # modules whose tiles of one kind lie side by side
-
-Key = tuple[int, int]  # layer, module
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageLayout:
-    """Where an adapter's tiles lie in its own image, before it has frames.
-
-    offset_a, offset_b: `[num_pages, num_layers, num_modules]` int64 elements, -1 = not adapted.
-    num_frames: frames to reserve; at least one per page, so that page numbers never run out first.
-    """
-
-    num_pages: int
-    num_frames: int
-    num_elements: int
-    offset_a: np.ndarray[tuple[int, int, int], np.dtype[np.int64]]
-    offset_b: np.ndarray[tuple[int, int, int], np.dtype[np.int64]]
-    live_ranks: np.ndarray[tuple[int, int, int], np.dtype[np.int32]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageImage:
-    """An adapter in the byte layout of the pool, on the host: installing it is a few copies."""
-
-    layout: PageLayout
-    data: Tensor  # [num_elements] model dtype
-    scaling: np.ndarray[tuple[int, int], np.dtype[np.float32]]  # [num_layers, num_modules]
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +38,7 @@ class _Resident:
     frames: list[int]  # in the order of the image
     layout: PageLayout
     pages: list[int]
+    arrival: Arrival | None  # None: its bytes are there when `copy` returns
     published: bool = False
 
 
@@ -104,6 +76,7 @@ class PagePool:
         self.offset_b = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.live_ranks = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scaling = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._transport = transport_to(device)
         self.version = 0  # grows with every change of the tables
         self._free_frames = list(range(self.num_frames))  # heaps: low numbers first
         self._free_pages = list(range(self.num_pages))
@@ -132,27 +105,21 @@ class PagePool:
         return layout.num_frames * self.frame_bytes
 
     def host_bytes(self, layout: PageLayout) -> int:
-        return layout.num_elements * self.dtype.itemsize
+        return layout.num_image_frames * self.frame_bytes
 
     # --- images
 
-    def build_image(self, loaded: LoadedAdapter) -> PageImage:
-        """Bring loaded weights into the pool's layout. Runs anywhere; touches no pool state."""
+    def build_image(
+        self, loaded: LoadedAdapter, frames: Sequence[Tensor] | None = None
+    ) -> PageImage:
+        """Bring loaded weights into the pool's layout. Runs anywhere; touches no pool state.
+
+        frames: host memory to fill, `num_image_frames` of it; None for memory of its own.
+        """
         layout = self.layout({key: module.rank for key, module in loaded.modules.items()})
-        data = torch.zeros(layout.num_elements, dtype=self.dtype)
-        scaling = np.zeros((self.num_layers, len(self.module_shapes)), dtype=np.float32)
-        for (layer, kind), module in loaded.modules.items():
-            scaling[layer, kind] = module.scaling
-            for page in range(-(-module.rank // PAGE_RANKS)):
-                rows = slice(page * PAGE_RANKS, min((page + 1) * PAGE_RANKS, module.rank))
-                for weight, offsets in (
-                    (module.a, layout.offset_a),
-                    (module.bt, layout.offset_b),
-                ):
-                    tile = weight[rows]
-                    start = int(offsets[page, layer, kind])
-                    data[start : start + tile.numel()].view_as(tile).copy_(tile)
-        return PageImage(layout, data, scaling)
+        if frames is None:
+            frames = plain_frames(layout, self.frame_elements, self.dtype)
+        return build_image(loaded, layout, frames, len(self.module_shapes))
 
     # --- residence
 
@@ -171,17 +138,21 @@ class PagePool:
             )
         frames = [heapq.heappop(self._free_frames) for _ in range(layout.num_frames)]
         pages = [heapq.heappop(self._free_pages) for _ in range(layout.num_pages)]
-        self._residents[digest] = _Resident(frames, layout, pages)
+        arrival = self._transport.expect(self.num_layers)
+        self._residents[digest] = _Resident(frames, layout, pages, arrival)
 
-    def copy(self, digest: str, image: PageImage) -> None:
-        """Write an image into the adapter's reserved frames."""
+    def copy(
+        self, digest: str, image: PageImage, on_head_start: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write an image into the adapter's reserved frames; in order, so that layers arrive in
+        order. on_head_start: called when so much has landed that it may be published.
+        """
         resident = self._residents[digest]
         assert not resident.published, f"{digest} is in use"
-        for frame, start, size in _runs(
-            resident.frames, self.frame_elements, image.layout.num_elements
-        ):
-            target = frame * self.frame_elements
-            self.arena[target : target + size].copy_(image.data[start : start + size])
+        size = self.frame_elements
+        targets = [self.arena[at * size : (at + 1) * size] for at in resident.frames]
+        copies = list(zip(targets, image.frames, strict=False))
+        self._transport.send(resident.arrival, copies, image.layout.last_frames, on_head_start)
 
     def publish(self, digest: str, image: PageImage) -> list[int]:
         """Enter the adapter's pages in the tables; from now on kernels may use them."""
@@ -189,19 +160,20 @@ class PagePool:
         layout = image.layout
         frames = np.asarray(resident.frames, dtype=np.int64)
 
-        def placed(offsets: np.ndarray[tuple[int, int, int], np.dtype[np.int64]]) -> Tensor:
+        def placed(offsets: Offsets) -> Tensor:
             at = np.maximum(offsets, 0)
             absolute = frames[at // self.frame_elements] * self.frame_elements
             absolute += at % self.frame_elements
             return torch.from_numpy(np.where(offsets < 0, -1, absolute))
 
-        pages = torch.tensor(resident.pages)
         scaling = np.where(layout.live_ranks > 0, image.scaling, np.float32(0))
-        device = self.arena.device
-        self.offset_a[pages] = placed(layout.offset_a).to(device)
-        self.offset_b[pages] = placed(layout.offset_b).to(device)
-        self.live_ranks[pages] = torch.from_numpy(layout.live_ranks).to(device)
-        self.scaling[pages] = torch.from_numpy(scaling).to(device)
+        self._write_tables(
+            resident.pages,
+            placed(layout.offset_a),
+            placed(layout.offset_b),
+            torch.from_numpy(layout.live_ranks),
+            torch.from_numpy(scaling),
+        )
         resident.published = True
         self.version += 1
         return list(resident.pages)
@@ -216,11 +188,10 @@ class PagePool:
         """Give an adapter's frames back, published or only reserved; returns the bytes freed."""
         resident = self._residents.pop(digest)
         if resident.published:
-            pages = torch.tensor(resident.pages)
-            self.offset_a[pages] = -1
-            self.offset_b[pages] = -1
-            self.live_ranks[pages] = 0
-            self.scaling[pages] = 0.0
+            shape = (len(resident.pages), *self.offset_a.shape[1:])
+            nowhere = torch.full(shape, -1, dtype=torch.int64)
+            nothing = torch.zeros(shape, dtype=torch.int32)
+            self._write_tables(resident.pages, nowhere, nowhere, nothing, nothing.float())
             self.version += 1
         for frame in resident.frames:
             heapq.heappush(self._free_frames, frame)
@@ -246,6 +217,26 @@ class PagePool:
         """The (layer, module) pairs an adapter changes."""
         layers, modules = np.nonzero(self._residents[digest].layout.live_ranks[0])
         return frozenset(zip(layers.tolist(), modules.tolist(), strict=True))
+
+    def arriving(self, digests: Iterable[str]) -> tuple[Arrival, ...]:
+        """Of these published adapters, the arrivals not complete: a step has to wait, by layer."""
+        arrivals = (self._residents[digest].arrival for digest in digests)
+        return tuple(a for a in arrivals if a is not None and not a.is_complete)
+
+    def _write_tables(
+        self,
+        pages: list[int],
+        offset_a: Tensor,
+        offset_b: Tensor,
+        live_ranks: Tensor,
+        scaling: Tensor,
+    ) -> None:
+        upload = self._transport.upload
+        rows = upload(torch.tensor(pages))
+        self.offset_a.index_copy_(0, rows, upload(offset_a))
+        self.offset_b.index_copy_(0, rows, upload(offset_b))
+        self.live_ranks.index_copy_(0, rows, upload(live_ranks))
+        self.scaling.index_copy_(0, rows, upload(scaling))
 
     def check_invariants(self) -> None:
         """Every frame and page has one owner, every tile lies inside its owner's frames, alone."""
@@ -276,58 +267,3 @@ class PagePool:
             spans.sort()
             for (_, end), (start, _) in pairwise(spans):
                 assert end <= start, f"{digest}: tiles overlap"
-
-
-def frame_elements(module_shapes: Sequence[tuple[int, int]]) -> int:
-    """Elements of a frame: one page of one layer with every module adapted."""
-    return sum(_tile_elements(features) for shape in module_shapes for features in shape)
-
-
-def pack_tiles(
-    ranks: Mapping[Key, int], num_layers: int, module_shapes: Sequence[tuple[int, int]]
-) -> PageLayout:
-    """Lay an adapter's tiles out: by layer, page, fused group, A before B; none crosses a frame."""
-    frame = frame_elements(module_shapes)
-    num_pages = -(-max(ranks.values()) // PAGE_RANKS)
-    shape = (num_pages, num_layers, len(module_shapes))
-    offsets = np.full((2, *shape), -1, dtype=np.int64)
-    live_ranks = np.zeros(shape, dtype=np.int32)
-    for (layer, module), rank in ranks.items():
-        for page in range(-(-rank // PAGE_RANKS)):
-            live_ranks[page, layer, module] = min(rank - page * PAGE_RANKS, PAGE_RANKS)
-    cursor = 0
-    for layer in range(num_layers):
-        for page in range(num_pages):
-            for group in FUSED_GROUPS:
-                for side in (0, 1):
-                    for module in group:
-                        if live_ranks[page, layer, module] == 0:
-                            continue
-                        size = _tile_elements(module_shapes[module][side])
-                        if cursor % frame + size > frame:
-                            cursor += frame - cursor % frame
-                        offsets[side, page, layer, module] = cursor
-                        cursor += size
-    return PageLayout(
-        num_pages=num_pages,
-        num_frames=max(-(-cursor // frame), num_pages),
-        num_elements=cursor,
-        offset_a=offsets[0],
-        offset_b=offsets[1],
-        live_ranks=live_ranks,
-    )
-
-
-def _tile_elements(features: int) -> int:
-    return -(-PAGE_RANKS * features // ALIGNMENT) * ALIGNMENT
-
-
-def _runs(frames: list[int], frame: int, num_elements: int) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring frames together: (first frame, offset in the image, elements)."""
-    first = 0
-    while first * frame < num_elements:
-        last = first + 1
-        while last < len(frames) and frames[last] == frames[last - 1] + 1:
-            last += 1
-        yield frames[first], first * frame, min(last * frame, num_elements) - first * frame
-        first = last

@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.pool import PageImage, PageLayout, PagePool
+from loraplex.adapters.host_arena import HostArena
+from loraplex.adapters.page_image import PageImage
+from loraplex.adapters.page_layout import PageLayout
+from loraplex.adapters.pool import PagePool
 from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.weights import load_weights, locate
@@ -27,23 +31,39 @@ from loraplex.engine.api import ModuleShape
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
+    """run: called with `done`, which reports success; a return does so, too, if nobody has."""
+
     digest: str
     stage: Stage
-    run: Callable[[], None]
+    run: Callable[[Callable[[], None]], None]
     started: float
+    reported: bool = False
 
 
 class AdapterLoader:
-    """store_root: the content-addressed store. modules: what adapters of this model may target."""
+    """store_root: the content-addressed store. modules: what adapters of this model may target.
+    host_bytes: memory set aside for host images, pinned where that helps; an image past it has
+    memory of its own.
+    """
 
-    def __init__(self, store_root: Path, pool: PagePool, modules: Sequence[ModuleShape]) -> None:
+    def __init__(
+        self,
+        store_root: Path,
+        pool: PagePool,
+        modules: Sequence[ModuleShape],
+        host_bytes: int = 0,
+    ) -> None:
         self.on_done: Callable[[], None] = lambda: None  # called in the loader's thread
         self._store = AdapterStore(store_root)
         self._pool = pool
         self._modules = tuple(modules)
+        self._arena = HostArena(
+            host_bytes, pool.frame_elements, pool.dtype, pinned=pool.arena.device.type == "cuda"
+        )
         self._layouts: dict[str, PageLayout] = {}
+        self._frames: dict[str, list[Tensor]] = {}  # of images, built or being built
         self._images: dict[str, PageImage] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[LoadDone] = queue.SimpleQueue()
@@ -90,9 +110,14 @@ class AdapterLoader:
         return size
 
     def begin_host_load(self, digest: str) -> None:
-        def load() -> None:
+        if digest not in self._layouts:
+            self.describe(digest)
+        frames = self._arena.take(self._layouts[digest].num_image_frames)
+        self._frames[digest] = frames
+
+        def load(done: Callable[[], None]) -> None:
             loaded = load_weights(self._store.path(digest), self._pool.dtype)
-            self._images[digest] = self._pool.build_image(loaded)
+            self._images[digest] = self._pool.build_image(loaded, frames)
 
         self._jobs.put(_Job(digest, Stage.HOST, load, time.perf_counter()))
 
@@ -103,12 +128,18 @@ class AdapterLoader:
         except AdapterError as error:
             self._done.put(_failed(digest, Stage.DEVICE, started, error))
             return
-        self._jobs.put(_Job(digest, Stage.DEVICE, lambda: self._pool.copy(digest, image), started))
+
+        def copy(done: Callable[[], None]) -> None:
+            self._pool.copy(digest, image, on_head_start=done)
+
+        self._jobs.put(_Job(digest, Stage.DEVICE, copy, started))
 
     def drop_device(self, digest: str) -> int:
         return self._pool.remove(digest)
 
     def drop_host(self, digest: str) -> int:
+        # Jobs run in order, so a copy still on its way is over before these frames are filled anew.
+        self._arena.give_back(self._frames.pop(digest))
         return self._images.pop(digest).nbytes
 
     def poll(self) -> list[LoadDone]:
@@ -122,6 +153,8 @@ class AdapterLoader:
                 self._pool.publish(done.digest, self._images[done.digest])
             elif done.stage is Stage.DEVICE and self._pool.holds(done.digest):
                 self._pool.remove(done.digest)
+            elif not done.ok:
+                self._arena.give_back(self._frames.pop(done.digest))
             ended.append(done)
 
     def _work(self) -> None:
@@ -130,14 +163,24 @@ class AdapterLoader:
         self._ready.set()
         while (job := self._jobs.get()) is not None:
             try:
-                job.run()
+                job.run(lambda job=job: self._succeeded(job))  # type: ignore[misc]
             except Exception as error:
-                if not isinstance(error, AdapterError):
-                    logger.exception("loading adapter %s failed", job.digest[:12])
-                self._done.put(_failed(job.digest, job.stage, job.started, error))
+                self._failed(job, error)
             else:
-                seconds = time.perf_counter() - job.started
-                self._done.put(LoadDone(job.digest, job.stage, True, seconds))
+                self._succeeded(job)
+
+    def _succeeded(self, job: _Job) -> None:
+        if not job.reported:
+            job.reported = True
+            seconds = time.perf_counter() - job.started
+            self._done.put(LoadDone(job.digest, job.stage, True, seconds))
+            self.on_done()
+
+    def _failed(self, job: _Job, error: Exception) -> None:
+        if not isinstance(error, AdapterError) or job.reported:
+            logger.error("loading adapter %s failed", job.digest[:12], exc_info=error)
+        if not job.reported:  # else steps that wait for the rest fail, and say why
+            self._done.put(_failed(job.digest, job.stage, job.started, error))
             self.on_done()
 
 
