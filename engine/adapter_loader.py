@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.host_arena import HostArena
+from loraplex.adapters.page_file import PageFile
 from loraplex.adapters.page_image import PageImage
 from loraplex.adapters.page_layout import PageLayout
 from loraplex.adapters.pool import PagePool
@@ -63,6 +65,8 @@ class AdapterLoader:
             host_bytes, pool.frame_elements, pool.dtype, pinned=pool.arena.device.type == "cuda"
         )
         self._layouts: dict[str, PageLayout] = {}
+        self._files = PageFile(pool.num_layers, pool.module_shapes, pool.dtype)
+        self._unsaved: deque[str] = deque()  # read from their weights, without a page file yet
         self._frames: dict[str, list[Tensor]] = {}  # of images, built or being built
         self._images: dict[str, PageImage] = {}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -116,8 +120,12 @@ class AdapterLoader:
         self._frames[digest] = frames
 
         def load(done: Callable[[], None]) -> None:
-            loaded = load_weights(self._store.path(digest), self._pool.dtype)
-            self._images[digest] = self._pool.build_image(loaded, frames)
+            folder, layout = self._store.path(digest), self._layouts[digest]
+            image = self._files.read(folder, layout, frames)
+            if image is None:
+                image = self._pool.build_image(load_weights(folder, self._pool.dtype), frames)
+                self._unsaved.append(digest)
+            self._images[digest] = image
 
         self._jobs.put(_Job(digest, Stage.HOST, load, time.perf_counter()))
 
@@ -161,13 +169,23 @@ class AdapterLoader:
         torch.get_num_threads()  # makes torch settle this thread's number before we change it
         torch.set_num_threads(1)
         self._ready.set()
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             try:
                 job.run(lambda job=job: self._succeeded(job))  # type: ignore[misc]
             except Exception as error:
                 self._failed(job, error)
             else:
                 self._succeeded(job)
+
+    def _next_job(self) -> _Job | None:
+        """Page files are written only while nothing else is to do."""
+        while self._unsaved and self._jobs.empty():
+            digest = self._unsaved.popleft()
+            image = self._images.get(digest)
+            # Dropped meanwhile, its frames stay as they are until a later job fills them.
+            if image is not None and not self._files.write(self._store.path(digest), image):
+                logger.warning("the page file of adapter %s could not be written", digest[:12])
+        return self._jobs.get()
 
     def _succeeded(self, job: _Job) -> None:
         if not job.reported:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.residency import LoadDone, Stage
+from loraplex.engine import adapter_loader
 from loraplex.engine.adapter_loader import AdapterLoader
 from loraplex.engine.model_config import read_model_config
 
@@ -148,3 +150,53 @@ def test_the_loader_computes_with_one_thread_and_the_engine_with_all(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def page_file(root: Path, digest: str) -> Path:
+    """Waits for it: it is written once the loader has nothing else to do."""
+    folder = root / digest[:2] / digest
+    deadline = time.monotonic() + 20
+    while not (found := list(folder.glob("pages-*.bin"))):
+        assert time.monotonic() < deadline, "no page file"
+        time.sleep(0.01)
+    return found[0]
+
+
+def tables(pool: PagePool, digest: str) -> list[torch.Tensor]:
+    pages = pool.pages(digest)
+    frames = pool._residents[digest].frames
+    bytes_of = [pool.arena.view(-1, pool.frame_elements)[frame] for frame in frames]
+    return [*bytes_of, pool.live_ranks[pages], pool.scaling[pages]]
+
+
+def test_the_second_load_reads_pages_not_weights(
+    watched: Watched,
+    tiny_model: Any,
+    digests: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digest = digests["patterns"]
+    watched.load(digest)
+    first = tables(watched.pool, digest)
+    written = page_file(tmp_path, digest)
+    read: list[Path] = []
+    load_weights = adapter_loader.load_weights
+
+    def spy(folder: Path, dtype: torch.dtype) -> Any:
+        read.append(folder)
+        return load_weights(folder, dtype)
+
+    monkeypatch.setattr(adapter_loader, "load_weights", spy)
+    for damage in (False, True):
+        if damage:
+            data = bytearray(written.read_bytes())
+            data[-100] ^= 4
+            written.write_bytes(data)
+        again = Watched(tiny_model("llama"), tmp_path, num_frames=9)
+        again.load(digest)
+        again.pool.check_invariants()
+        for a, b in zip(first, tables(again.pool, digest), strict=True):
+            assert torch.equal(a, b)
+        assert len(read) == damage, "weights are read only when the pages are damaged"
+        again.loader.close()
