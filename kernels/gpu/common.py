@@ -36,6 +36,23 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def load_ranks(arena, offset, live, width, columns, mask):
+    """Some columns of a page's A or B tile, `[16, columns]`.
+
+    Rows from `live` on are zeros and not read: rank 8 moves 8 rows. Nothing is read at offset -1.
+    """
+    ranks = tl.arange(0, RANKS)
+    used = ranks < tl.where(offset < 0, 0, live)
+    # tl.maximum, not tl.where: Triton 3.6 crashes on a multiple_of a where for sm_90.
+    tile = arena + tl.multiple_of(tl.maximum(offset, 0), 16)
+    return tl.load(
+        tile + ranks[:, None] * width + columns[None, :],
+        mask=used[:, None] & mask[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def load_t_row(t, plane_stride, at, PLANES: tl.constexpr, PLANES_POW2: tl.constexpr):
     """The 16 shrink results at element `at`, planes summed in order. `[16]` fp32."""
     plane = tl.arange(0, PLANES_POW2)
