@@ -60,7 +60,7 @@ class Decoder:
         self.first_norm = first_norm
         self.layers = layers
         self.lm_head = lm_head
-        self._rope = RotaryEmbedding(config.rope, embedding.device)
+        self.rope = RotaryEmbedding(config.rope, embedding.device)
         self._scale: float = config.head_dim**-0.5
 
     def forward(
@@ -68,7 +68,7 @@ class Decoder:
     ) -> Tensor:
         """One step: `[T] int64 -> [T, hidden]`, normed, ready for `logits`. Writes K and V."""
         ops, eps, heads = self.ops, self.config.rms_norm_eps, self.config.num_heads
-        cos, sin = self._rope(batch.positions)
+        cos, sin = self.rope(batch.positions)
         residual = ops.embed(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.first_norm, eps)
         for i, layer in enumerate(self.layers):
