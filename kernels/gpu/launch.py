@@ -39,6 +39,7 @@ def launch(
     **constexprs: Any,
 ) -> None:
     """Start `kernel` on the current stream; nothing for an empty grid."""
+    num_stages = min(num_stages, getattr(kernel, "max_stages", None) or num_stages)
     notes = _notes.get()
     if notes is not None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | constexprs
@@ -47,6 +48,15 @@ def launch(
     if 0 in grid:
         return
     kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def limit_stages(kernel: Any, most: int | None) -> None:
+    """Start `kernel` with at most `most` pipeline stages from now on; None = as its launchers say.
+
+    For the self-test: code that a compiler got wrong when pipelined is often right without. Written
+    on the kernel, which is one per process, as its compiled forms are.
+    """
+    kernel.max_stages = most
 
 
 @contextmanager
