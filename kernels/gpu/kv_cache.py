@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import torch
 
+SPLIT_COUNTERS = 4096
+
 
 class PagedKVCache:
     """Implements `ops.KVCache`.
 
     keys, values: per layer a view `[num_blocks, num_kv_heads, block_size, head_dim]` of the arena.
     An arena passes 2^31 elements easily: kernels multiply a block id by its stride in int64.
+    split_arrivals: how many splits of a (sequence, kv head) have come in, zero between launches;
+    it lives here because it has to outlast every launch and captured graph that reads this cache.
     """
 
     def __init__(
@@ -36,12 +40,14 @@ class PagedKVCache:
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.dtype = dtype
         self._arena = torch.zeros(
             (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim),
             dtype=dtype,
             device=device,
         )
         self.nbytes = self._arena.nbytes
+        self.split_arrivals = torch.zeros(SPLIT_COUNTERS, dtype=torch.int32, device=device)
         self.keys = [self._arena[layer, 0] for layer in range(num_layers)]
         self.values = [self._arena[layer, 1] for layer in range(num_layers)]
 
