@@ -1,5 +1,4 @@
-"""What can be done with adapters: register, describe, alias, resolve, remove. The registry is the
-source of truth.
+"""What can be done with adapters: register, describe, remove. The registry is the source of truth.
 
 Order of effects, so that a crash at any point leaves the old or the new state: an upload first
 commits its files, then its rows (files without rows are swept at start); a removal first makes the
@@ -11,9 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 
@@ -27,42 +24,42 @@ from loraplex.platform import adapter_view, uploads
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
-from loraplex.platform.models import Adapter, AdapterVersion, Alias, utc_now
-from loraplex.platform.names import Reference, adapter_not_found, check_name
+from loraplex.platform.models import Adapter, AdapterVersion, utc_now
+from loraplex.platform.names import Reference, adapter_not_found
 from loraplex.platform.registration import Registration
-from loraplex.platform.repositories import AdapterRepository, AuditRepository, ContentRepository
+from loraplex.platform.repositories import (
+    AdapterRepository,
+    AliasRepository,
+    AuditRepository,
+    ContentRepository,
+)
+from loraplex.platform.resolution import Resolver
 from loraplex.platform.schemas import (
+    ONLY_WEIGHT,
     AdapterDeleted,
     AdapterDetail,
     AdapterList,
     AdapterObject,
     AdapterPatch,
-    AliasObject,
     Freed,
 )
 from loraplex.platform.served_model import ServedModel
 
 ARCHIVE_FILE = "archive"
 MAX_RETRIES = 8
-MAX_CACHED_REFERENCES = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedAdapter:
-    """What a reference means right now."""
-
-    name: str
-    version: int
-    version_id: int
-    digest: str
-    rank: int
 
 
 class AdapterService:
     def __init__(
-        self, db: Database, store: AdapterStore, engine: EnginePort, max_upload_bytes: int
+        self,
+        db: Database,
+        store: AdapterStore,
+        engine: EnginePort,
+        resolver: Resolver,
+        max_upload_bytes: int,
     ) -> None:
         self._db = db
+        self._resolver = resolver
         self._store = store
         self._engine = engine
         self._max_upload_bytes = max_upload_bytes
@@ -70,49 +67,24 @@ class AdapterService:
         # Between "is any row using this content?" and "remove its files" no upload may commit the
         # same content.
         self._files_lock = asyncio.Lock()
-        self._cache: dict[str, ResolvedAdapter] = {}
-        self._cache_generation = 0
 
     # --- reading ---------------------------------------------------------------------------------
 
-    async def resolve(self, text: str, *, param: str | None = None) -> ResolvedAdapter:
-        """The adapter that `text` means. Raises: ApiError(adapter_not_found | adapter_not_ready).
-
-        Cached until the registry changes through this process; inference calls it once per request.
-        """
-        found = self._cache.get(text)
-        if found is not None:
-            return found
-        generation = self._cache_generation
-        row = await self._row(text, param=param)
-        if row.status != "ready":
-            why = row.error or f"its status is {row.status}"
-            raise ApiError(
-                "adapter_not_ready", f"adapter {text!r} cannot be used: {why}", param=param
-            )
-        found = ResolvedAdapter(
-            row.adapter.name, row.version, row.id, row.digest, row.manifest["rank"]
-        )
-        if generation == self._cache_generation:
-            if len(self._cache) >= MAX_CACHED_REFERENCES:
-                self._cache.clear()
-            self._cache[text] = found
-        return found
-
-    async def find(self, text: str) -> ResolvedAdapter:
-        """Like `resolve`, but of any status: for operators."""
-        row = await self._row(text, include_draining=True)
-        return ResolvedAdapter(
-            row.adapter.name, row.version, row.id, row.digest, row.manifest["rank"]
-        )
-
     async def get(self, text: str) -> AdapterDetail:
+        """An adapter with all its versions. A bare name shows the newest, a split the heaviest."""
+        reference = Reference.parse(text)
+        if reference is None:
+            raise adapter_not_found(text)
         async with self._db.read() as session:
             adapters = AdapterRepository(session)
-            row = await _require(adapters, text, include_draining=True)
-            adapter = await adapters.get(row.adapter.name)
-        if adapter is None or not adapter.versions:
-            raise adapter_not_found(text)
+            if reference.is_bare:
+                adapter, row = await require_adapter(adapters, text), None
+            else:
+                rows = await adapters.resolve(reference, include_draining=True)
+                if not rows:
+                    raise adapter_not_found(text)
+                row = max(rows, key=lambda item: item[1])[0]
+                adapter = await require_adapter(adapters, row.adapter.name)
         return adapter_view.adapter_detail(adapter, await self.residency(), row)
 
     async def page(self, *, limit: int, after: str, contains: str) -> AdapterList:
@@ -128,10 +100,20 @@ class AdapterService:
         )
 
     async def names(self) -> list[tuple[str, int]]:
-        """(id, created_at in unix seconds) of every adapter that can be used."""
+        """(reference, created_at in unix seconds) of every adapter that can be used, and behind it
+        of its aliases.
+        """
         async with self._db.read() as session:
-            rows = await AdapterRepository(session).names()
-        return [(name, int(created_at.timestamp())) for name, created_at in rows]
+            adapters = AdapterRepository(session)
+            rows = await adapters.names()
+            aliases: dict[str, list[str]] = {}
+            for name, alias in await adapters.alias_names():
+                aliases.setdefault(name, []).append(f"{name}:{alias}")
+        return [
+            (reference, int(created_at.timestamp()))
+            for name, created_at in rows
+            for reference in (name, *aliases.get(name, ()))
+        ]
 
     async def residency(self) -> dict[str, AdapterResidencyInfo]:
         """digest -> where it is; empty while the engine is away (then everything is on disk)."""
@@ -166,7 +148,7 @@ class AdapterService:
             async with self._files_lock:
                 await asyncio.to_thread(self._store.commit, staging, manifest)
                 adapter, created = await self._insert(order, manifest, model, actor)
-        self._forget_cached()
+        self._resolver.forget()
         return adapter_view.adapter_object(adapter, await self.residency()), created
 
     @asynccontextmanager
@@ -240,7 +222,9 @@ class AdapterService:
                 )
             assert newest is not None
             if order.alias is not None:
-                _set_alias(session, adapter, order.alias, newest.version, actor)
+                AliasRepository(session).move(
+                    adapter, order.alias, {newest.version: ONLY_WEIGHT}, actor
+                )
             await session.flush()
         return adapter, created
 
@@ -248,7 +232,7 @@ class AdapterService:
 
     async def patch(self, name: str, change: AdapterPatch, actor: str) -> AdapterDetail:
         async with self._db.unit_of_work() as session:
-            adapter = await _require_adapter(AdapterRepository(session), name)
+            adapter = await require_adapter(AdapterRepository(session), name)
             before = {"description": adapter.description, "metadata": adapter.metadata_}
             if change.description is not None:
                 adapter.description = change.description
@@ -260,30 +244,6 @@ class AdapterService:
                     actor, "adapter.patch", name, before=before, after=after
                 )
         return await self.get(name)
-
-    async def set_alias(self, name: str, alias: str, version: int, actor: str) -> AliasObject:
-        check_name(alias, what="alias", param="alias")
-        async with self._db.unit_of_work() as session:
-            adapter = await _require_adapter(AdapterRepository(session), name)
-            if version not in {row.version for row in adapter.versions}:
-                raise adapter_not_found(f"{name}@{version}", param="version")
-            _set_alias(session, adapter, alias, version, actor)
-        self._forget_cached()
-        return AliasObject(id=name, alias=alias, version=version)
-
-    async def delete_alias(self, name: str, alias: str, actor: str) -> None:
-        async with self._db.unit_of_work() as session:
-            adapter = await _require_adapter(AdapterRepository(session), name)
-            row = next((row for row in adapter.aliases if row.alias == alias), None)
-            if row is None:
-                raise ApiError(
-                    "alias_not_found", f"adapter {name!r} has no alias {alias!r}", param="alias"
-                )
-            adapter.aliases.remove(row)
-            AuditRepository(session).add(
-                actor, "alias.delete", f"{name}:{alias}", before={"version": row.version}
-            )
-        self._forget_cached()
 
     # --- removing --------------------------------------------------------------------------------
 
@@ -315,22 +275,23 @@ class AdapterService:
         self, name: str, version: int | None, force: bool
     ) -> list[AdapterVersion]:
         async with self._db.unit_of_work() as session:
-            adapter = await _require_adapter(AdapterRepository(session), name)
+            adapter = await require_adapter(AdapterRepository(session), name)
             leaving = [row for row in adapter.versions if version in (None, row.version)]
             if not leaving:
                 raise adapter_not_found(f"{name}@{version}", param="version")
-            aliases = [a.alias for a in adapter.aliases if a.version == version]
+            aliases = [a.alias for a in adapter.aliases if version in a.split]
             if aliases and not force:
                 raise ApiError(
                     "version_has_alias",
-                    f"alias {aliases[0]!r} points to {name}@{version}; "
-                    "move it first, or use force=true",
+                    f"{name}@{version} is behind {', '.join(f'{name}:{a}' for a in aliases)}; "
+                    f"point it elsewhere first (PUT /v1/adapters/{name}/aliases/{aliases[0]}), "
+                    "or use force=true to take the version out",
                 )
             if any(row.status == "draining" for row in leaving):
                 raise ApiError("adapter_in_use", f"adapter {name!r} is being deleted already")
             for row in leaving:
                 row.status = "draining"
-        self._forget_cached()
+        self._resolver.forget()
         return leaving
 
     async def _release(
@@ -359,10 +320,18 @@ class AdapterService:
         self, name: str, leaving: list[AdapterVersion], freed: Freed, actor: str
     ) -> AdapterDeleted:
         async with self._db.unit_of_work() as session:
-            await ContentRepository(session).remove_versions(row.id for row in leaving)
-            adapter = await AdapterRepository(session).get(name)
-            if adapter is not None and not adapter.versions:
+            adapter = await require_adapter(AdapterRepository(session), name)
+            gone = {row.version for row in leaving}
+            if all(row.version in gone for row in adapter.versions):
                 adapter.deleted_at = utc_now()
+                adapter.aliases.clear()
+            for alias in adapter.aliases:
+                left = {v: weight for v, weight in alias.split.items() if v not in gone}
+                if not any(left.values()):
+                    left = {}
+                AliasRepository(session).move(adapter, alias.alias, left, actor)
+            await session.flush()
+            await ContentRepository(session).remove_versions(row.id for row in leaving)
             AuditRepository(session).add(
                 actor,
                 "adapter.delete",
@@ -371,7 +340,7 @@ class AdapterService:
                     "versions": {str(row.version): f"sha256:{row.digest}" for row in leaving},
                 },
             )
-        self._forget_cached()
+        self._resolver.forget()
         for digest in {row.digest for row in leaving}:
             async with self._db.read() as session:
                 in_use = await ContentRepository(session).in_use(digest)
@@ -385,54 +354,11 @@ class AdapterService:
                 fresh = await session.get(AdapterVersion, row.id)
                 if fresh is not None:
                     fresh.status = status
-        self._forget_cached()
-
-    # --- inside ----------------------------------------------------------------------------------
-
-    async def _row(
-        self, text: str, *, param: str | None = None, include_draining: bool = False
-    ) -> AdapterVersion:
-        async with self._db.read() as session:
-            return await _require(
-                AdapterRepository(session), text, param=param, include_draining=include_draining
-            )
-
-    def _forget_cached(self) -> None:
-        self._cache.clear()
-        self._cache_generation += 1
+        self._resolver.forget()
 
 
-def _set_alias(session: Any, adapter: Adapter, alias: str, version: int, actor: str) -> None:
-    row = next((row for row in adapter.aliases if row.alias == alias), None)
-    before = None if row is None else {"version": row.version}
-    if before == {"version": version}:
-        return
-    if row is None:
-        adapter.aliases.append(Alias(alias=alias, version=version))
-    else:
-        row.version = version
-    AuditRepository(session).add(
-        actor, "alias.set", f"{adapter.name}:{alias}", before=before, after={"version": version}
-    )
-
-
-async def _require(
-    adapters: AdapterRepository,
-    text: str,
-    *,
-    param: str | None = None,
-    include_draining: bool = False,
-) -> AdapterVersion:
-    reference = Reference.parse(text)
-    row = None
-    if reference is not None:
-        row = await adapters.resolve(reference, include_draining=include_draining)
-    if row is None:
-        raise adapter_not_found(text, param=param)
-    return row
-
-
-async def _require_adapter(adapters: AdapterRepository, name: str) -> Adapter:
+async def require_adapter(adapters: AdapterRepository, name: str) -> Adapter:
+    """Raises: ApiError(adapter_not_found)."""
     adapter = await adapters.get(name)
     if adapter is None or not adapter.versions:
         raise adapter_not_found(name)

@@ -7,15 +7,18 @@ from typing import Any
 
 from loraplex.adapters.manifest import AdapterManifest
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState
-from loraplex.platform.models import Adapter, AdapterVersion
+from loraplex.platform.models import Adapter, AdapterVersion, Alias, AliasRevision
 from loraplex.platform.schemas import (
     AdapterDetail,
     AdapterObject,
     AdapterVersionObject,
+    AliasObject,
+    AliasRevisionObject,
     Residency,
     Slot,
     TierBytes,
     TieredAdapter,
+    WeightedVersion,
 )
 
 ResidencyMap = Mapping[str, AdapterResidencyInfo]
@@ -73,7 +76,7 @@ def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap
         "base_model": row.base_model,
         "description": adapter.description,
         "metadata": adapter.metadata_,
-        "aliases": {alias.alias: alias.version for alias in adapter.aliases},
+        "aliases": {alias.alias: _split(alias.split) for alias in adapter.aliases if alias.targets},
     }
 
 
@@ -94,6 +97,31 @@ def adapter_detail(
             for version in adapter.versions
         ],
     )
+
+
+def alias_object(adapter: Adapter, alias: Alias) -> AliasObject:
+    split = _split(alias.split)
+    return AliasObject(
+        id=adapter.name,
+        alias=alias.alias,
+        revision=alias.revision,
+        version=split[0].version if len(split) == 1 else None,
+        split=split,
+    )
+
+
+def alias_revision(row: AliasRevision) -> AliasRevisionObject:
+    return AliasRevisionObject(
+        revision=row.revision,
+        at=int(row.at.timestamp()),
+        actor=row.actor,
+        split=[WeightedVersion(**item) for item in row.split],
+        restores=row.restores,
+    )
+
+
+def _split(weights: Mapping[int, int]) -> list[WeightedVersion]:
+    return [WeightedVersion(version=version, weight=weight) for version, weight in weights.items()]
 
 
 def slot(info: AdapterResidencyInfo, row: AdapterVersion | None) -> Slot:

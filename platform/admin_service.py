@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from loraplex.adapters.store import AdapterStore
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState
 from loraplex.platform import adapter_view
+from loraplex.platform.adapter_series import AdapterLabel
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.models import AdapterVersion
 from loraplex.platform.repositories import AdapterRepository, AuditRepository
+from loraplex.platform.resolution import Resolver
 from loraplex.platform.schemas import (
     AdapterRoom,
     Event,
@@ -38,9 +40,15 @@ _PAGE_RANKS = 16
 
 class AdminService:
     def __init__(
-        self, db: Database, store: AdapterStore, engine: EnginePort, adapters: AdapterService
+        self,
+        db: Database,
+        store: AdapterStore,
+        engine: EnginePort,
+        adapters: AdapterService,
+        resolver: Resolver,
     ) -> None:
         self._db = db
+        self._resolver = resolver
         self._store = store
         self._engine = engine
         self._adapters = adapters
@@ -81,19 +89,17 @@ class AdminService:
         )
 
     async def load(self, text: str, *, wait: bool, actor: str) -> Slot:
-        adapter = await self._adapters.resolve(text)
+        adapter = await self._resolver.one(text)
         info = await self._engine.load(adapter.digest, wait=wait)
-        await self._record(actor, "adapter.load", f"{adapter.name}@{adapter.version}")
+        await self._record(actor, "adapter.load", adapter.reference)
         return await self._slot(info)
 
     async def evict(self, text: str, order: EvictOrder, actor: str) -> Evicted:
-        adapter = await self._adapters.find(text)
+        adapter = await self._resolver.find(text)
         freed = await self._engine.evict(
             adapter.digest, tier=order.tier, drain=order.drain, timeout_s=order.timeout_s
         )
-        await self._record(
-            actor, f"adapter.evict.{order.tier}", f"{adapter.name}@{adapter.version}"
-        )
+        await self._record(actor, f"adapter.evict.{order.tier}", adapter.reference)
         return Evicted(
             id=adapter.name,
             version=adapter.version,
@@ -104,13 +110,13 @@ class AdminService:
 
     async def pin(self, text: str, *, pinned: bool, actor: str) -> Slot:
         if pinned:
-            adapter = await self._adapters.resolve(text)
+            adapter = await self._resolver.one(text)
             info = await self._engine.pin(adapter.digest)
         else:
-            adapter = await self._adapters.find(text)
+            adapter = await self._resolver.find(text)
             info = await self._engine.unpin(adapter.digest)
         action = "adapter.pin" if pinned else "adapter.unpin"
-        await self._record(actor, action, f"{adapter.name}@{adapter.version}")
+        await self._record(actor, action, adapter.reference)
         return await self._slot(info)
 
     async def memory(self) -> Memory:
@@ -182,9 +188,12 @@ class AdminService:
             has_more=len(rows) > limit,
         )
 
-    async def names(self, digests: Iterable[str]) -> dict[str, str]:
-        """digest -> adapter id, of those that still have one."""
-        return {digest: row.adapter.name for digest, row in (await self._named(digests)).items()}
+    async def names(self, digests: Iterable[str]) -> dict[str, AdapterLabel]:
+        """digest -> adapter id and version, of those that still have one."""
+        return {
+            digest: (row.adapter.name, str(row.version))
+            for digest, row in (await self._named(digests)).items()
+        }
 
     async def _named(self, digests: Iterable[str]) -> dict[str, AdapterVersion]:
         wanted = set(digests)

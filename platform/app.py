@@ -26,6 +26,7 @@ from loraplex.engine.errors import EngineError, InvalidRequest
 from loraplex.platform import errors
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
+from loraplex.platform.alias_service import AliasService
 from loraplex.platform.auth import ApiKeyMiddleware
 from loraplex.platform.body_limit import BodyLimitMiddleware
 from loraplex.platform.db import Database
@@ -34,7 +35,8 @@ from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
-from loraplex.platform.routes import adapters, admin, health, openai
+from loraplex.platform.resolution import Resolver
+from loraplex.platform.routes import adapters, admin, aliases, health, openai
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
@@ -68,15 +70,18 @@ def create_app(
         store = await asyncio.to_thread(AdapterStore, settings.adapter_dir.absolute())
         db = await Database.open(settings.effective_database_url)
         await reconcile_files(db, store)
-        service = AdapterService(db, store, serving, settings.max_upload_bytes)
+        resolver = Resolver(db)
+        service = AdapterService(db, store, serving, resolver, settings.max_upload_bytes)
         runtime = Runtime(
             settings=settings,
             engine=serving,
             db=db,
             store=store,
+            resolver=resolver,
             adapters=service,
-            admin=AdminService(db, store, serving, service),
-            inference=InferenceService(serving, service),
+            aliases=AliasService(db, resolver),
+            admin=AdminService(db, store, serving, service, resolver),
+            inference=InferenceService(serving, resolver),
             metrics=RequestMetrics(),
             usage=UsageMeter(db),
             base_name=served_name(settings.model, settings.served_model_name),
@@ -108,7 +113,7 @@ def create_app(
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (adapters, admin, openai, health):
+    for routes in (adapters, aliases, admin, openai, health):
         app.include_router(routes.router)
     return app
 

@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState, EngineStats, MemoryInfo
+from loraplex.platform.adapter_series import OTHER, AdapterLabel
 from loraplex.platform.request_metrics import HISTOGRAMS, RequestMetrics
 
 
@@ -29,12 +30,12 @@ class EngineSnapshot:
         stats: EngineStats | None = None,
         memory: MemoryInfo | None = None,
         adapters: Sequence[AdapterResidencyInfo] = (),
-        names: dict[str, str] | None = None,
+        names: dict[str, AdapterLabel] | None = None,
     ) -> None:
         self.stats = stats
         self.memory = memory
         self.adapters = adapters
-        self.names = names or {}  # digest -> adapter name
+        self.names = names or {}  # by digest
 
 
 class _Exposition(Collector):
@@ -89,8 +90,11 @@ class _Exposition(Collector):
         )
 
     def _adapter_families(self) -> Iterable[Metric]:
-        labels = ["model_name", "adapter"]
+        labels = ["model_name", "adapter", "version"]
         requests = CounterMetricFamily("loraplex:adapter_requests", "Requests.", labels=labels)
+        errors = CounterMetricFamily(
+            "loraplex:adapter_errors", "Requests that ended with an error.", labels=labels
+        )
         prompt = CounterMetricFamily(
             "loraplex:adapter_prompt_tokens", "Prompt tokens.", labels=labels
         )
@@ -102,22 +106,31 @@ class _Exposition(Collector):
             "Time to the first token.",
             labels=labels,
         )
+        latency = HistogramMetricFamily(
+            "loraplex:adapter_e2e_request_latency_seconds",
+            "Time from request to last token, of requests that ended well.",
+            labels=labels,
+        )
         loads = CounterMetricFamily(
             "loraplex:adapter_loads", "Loads to the device, of adapters it knows.", labels=labels
         )
         model = self._labels["model_name"]
-        for name, series in self._requests.adapters:
-            requests.add_metric([model, name], series.requests)
-            prompt.add_metric([model, name], series.prompt_tokens)
-            output.add_metric([model, name], series.generated_tokens)
-            series.ttft.add_to(ttft, [model, name])
-        counted = {name for name, _ in self._requests.adapters}
+        counted = set()
+        for label, series in self._requests.adapters:
+            counted.add(label)
+            values = [model, *label]
+            requests.add_metric(values, series.requests)
+            errors.add_metric(values, series.errors)
+            prompt.add_metric(values, series.prompt_tokens)
+            output.add_metric(values, series.generated_tokens)
+            series.ttft.add_to(ttft, values)
+            series.latency.add_to(latency, values)
         for info in self._engine.adapters:
             known = self._engine.names.get(info.digest)
             if known in counted:
-                loads.add_metric([model, known], info.loads)
+                loads.add_metric([model, *known], info.loads)
                 counted.discard(known)
-        return requests, prompt, output, ttft, loads
+        return requests, errors, prompt, output, ttft, latency, loads
 
     def _stats_families(self, stats: EngineStats) -> Iterable[Metric]:
         yield self._gauge(
@@ -181,7 +194,7 @@ class _Exposition(Collector):
         names = self._engine.names
 
         def joined(digests: Sequence[str]) -> str:
-            return ",".join(sorted({names[digest] for digest in digests if digest in names}))
+            return ",".join(sorted({names[digest][0] for digest in digests if digest in names}))
 
         family.add_metric(
             [str(room), joined(stats.running_digests), joined(stats.waiting_digests)], stats.time
@@ -199,12 +212,12 @@ class _Exposition(Collector):
             AdapterState.DRAINING: "gpu",
             AdapterState.HOST: "cpu",
         }
-        named = {name for name, _ in self._requests.adapters}
+        named = {label[0] for label, _ in self._requests.adapters}
         written = set()
         for info in self._engine.adapters:
-            name = self._engine.names.get(info.digest)
+            name = self._engine.names.get(info.digest, OTHER)[0]
             level = levels.get(info.state)
-            if name is None or level is None or name not in named or name in written:
+            if level is None or name not in named or name in written:
                 continue  # cardinality stays that of the per-adapter series
             written.add(name)
             family.add_metric([name, level, str(info.pinned).lower(), str(info.rank)], 1)

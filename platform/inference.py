@@ -16,12 +16,12 @@ import msgspec
 
 from loraplex.engine.api import AdapterUse, GenerationRequest
 from loraplex.engine.errors import InvalidRequest
-from loraplex.platform.adapter_service import AdapterService, ResolvedAdapter
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.generation import Choice, Generation, TextOptions
 from loraplex.platform.openai_format import Answer, Kind
 from loraplex.platform.openai_schemas import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
+from loraplex.platform.resolution import ResolvedAdapter, Resolver
 from loraplex.platform.served_model import ServedModel
 
 # Longer texts are tokenised in a worker thread (the library releases the GIL), so that streams do
@@ -54,8 +54,10 @@ class Composition:
     def headers(self) -> dict[str, str]:
         if not self.members:
             return {}
-        digests = ",".join(f"sha256:{adapter.digest}" for adapter, _ in self.members)
-        return {"x-adapter-digest": digests}
+        return {
+            "x-adapter-version": ",".join(adapter.reference for adapter, _ in self.members),
+            "x-adapter-digest": ",".join(f"sha256:{adapter.digest}" for adapter, _ in self.members),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,16 @@ class Prepared:
 
 
 class InferenceService:
-    def __init__(self, engine: EnginePort, adapters: AdapterService) -> None:
+    def __init__(self, engine: EnginePort, resolver: Resolver) -> None:
         self._engine = engine
-        self._adapters = adapters
+        self._resolver = resolver
 
-    async def prepare_completion(self, body: CompletionBody, model: ServedModel) -> Prepared:
+    async def prepare_completion(
+        self, body: CompletionBody, model: ServedModel, sticky_key: str | None = None
+    ) -> Prepared:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
-        name, composition = await self._composition(body, model)
+        name, composition = await self._composition(body, model, sticky_key)
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = await _encode_prompts(body.prompt, model, add_special)
         discard_output = bool(body.echo) and body.max_tokens == 0
@@ -95,12 +99,14 @@ class InferenceService:
             "completion", body, model, name, composition, prompts, echo, discard_output
         )
 
-    async def prepare_chat(self, body: ChatBody, model: ServedModel) -> Prepared:
+    async def prepare_chat(
+        self, body: ChatBody, model: ServedModel, sticky_key: str | None = None
+    ) -> Prepared:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
-        name, composition = await self._composition(body, model)
+        name, composition = await self._composition(body, model, sticky_key)
         if body.chat_template is None:
             text = _render(body, model)
         else:  # a client's own template may be slow
@@ -182,14 +188,15 @@ class InferenceService:
         )
 
     async def _composition(
-        self, body: GenerationBody, model: ServedModel
+        self, body: GenerationBody, model: ServedModel, sticky_key: str | None
     ) -> tuple[str, Composition]:
         """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters`
-        mean together.
+        mean together. What they mean is decided here, once for the whole request.
         """
+        key = sticky_key or body.user or uuid.uuid4().hex
         by_model = None
         if body.model and body.model not in (model.name, model.info.name):
-            by_model = await self._by_model(body.model)
+            by_model = await self._by_model(body.model, key)
         if body.adapters:
             members = [(item.id, item.weight) for item in body.adapters]
             param = "adapters"
@@ -197,7 +204,8 @@ class InferenceService:
             members = [(body.adapter_id, 1.0)] if body.adapter_id else []
             param = "adapter_id"
         resolved = [
-            (await self._adapters.resolve(text, param=param), weight) for text, weight in members
+            (await self._resolver.choose(text, key, param=param), weight)
+            for text, weight in members
         ]
         if by_model is not None:
             if resolved and [adapter.digest for adapter, _ in resolved] != [by_model.digest]:
@@ -216,9 +224,9 @@ class InferenceService:
             )
         return body.model or model.name, Composition(tuple(resolved))
 
-    async def _by_model(self, text: str) -> ResolvedAdapter:
+    async def _by_model(self, text: str, key: str) -> ResolvedAdapter:
         try:
-            return await self._adapters.resolve(text, param="model")
+            return await self._resolver.choose(text, key, param="model")
         except ApiError as error:
             if error.code == "adapter_not_found" and not set(text) & {"@", ":"}:
                 raise ApiError(

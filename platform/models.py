@@ -61,6 +61,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012
         datetime: UtcDateTime,
         dict[str, Any]: JSON(none_as_null=True),
+        list[dict[str, int]]: JSON(),
     }
 
 
@@ -124,11 +125,36 @@ class AdapterVersion(Base):
 
 
 class Alias(Base):
-    """A movable name for one version: `sql:prod`."""
+    """A movable name: `sql:prod`. `revision` is its newest; without targets it is deleted, and kept
+    for its history.
+    """
 
     __tablename__ = "alias"
+    __table_args__ = (UniqueConstraint("adapter_id", "alias"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapter.id", ondelete="CASCADE"))
+    alias: Mapped[str] = mapped_column(String(128))
+    revision: Mapped[int] = mapped_column(default=0)
+
+    targets: Mapped[list[AliasTarget]] = relationship(
+        order_by="AliasTarget.version",
+        lazy="raise",
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+    )
+
+    @property
+    def split(self) -> dict[int, int]:
+        """version -> weight; empty = deleted."""
+        return {target.version: target.weight for target in self.targets}
+
+
+class AliasTarget(Base):
+    """One version that an alias means, for `weight` parts of its requests."""
+
+    __tablename__ = "alias_target"
     __table_args__ = (
-        UniqueConstraint("adapter_id", "alias"),
         ForeignKeyConstraint(
             ["adapter_id", "version"],
             ["adapter_version.adapter_id", "adapter_version.version"],
@@ -136,10 +162,33 @@ class Alias(Base):
         ),
     )
 
+    alias_id: Mapped[int] = mapped_column(
+        ForeignKey("alias.id", ondelete="CASCADE"), primary_key=True
+    )
+    version: Mapped[int] = mapped_column(primary_key=True)
+    adapter_id: Mapped[int]
+    weight: Mapped[int]
+
+
+class AliasRevision(Base):
+    """What an alias meant from one change to the next. Never updated.
+
+    `split` is a list of {"version", "weight"}, empty where the alias was deleted; `restores` is the
+    earlier revision that a rollback went back to.
+    """
+
+    __tablename__ = "alias_revision"
+    __table_args__ = (UniqueConstraint("alias_id", "revision"),)
+
     id: Mapped[int] = mapped_column(primary_key=True)
-    adapter_id: Mapped[int] = mapped_column(ForeignKey("adapter.id", ondelete="CASCADE"))
-    alias: Mapped[str] = mapped_column(String(128))
-    version: Mapped[int]
+    alias_id: Mapped[int] = mapped_column(ForeignKey("alias.id", ondelete="CASCADE"))
+    revision: Mapped[int]
+    at: Mapped[datetime] = mapped_column(default=utc_now)
+    actor: Mapped[str] = mapped_column(String(128))
+    split: Mapped[list[dict[str, int]]]
+    restores: Mapped[int | None]
+
+    alias: Mapped[Alias] = relationship(lazy="raise")
 
 
 class AuditEvent(Base):

@@ -1,7 +1,7 @@
 """How adapters are named by clients, and nothing of where they are kept.
 
-`sql` (newest version), `sql@3` (that version), `sql:prod` (an alias), `sha256:<64 hex>` (exactly
-this content).
+`sql@3` (that version), `sql:prod` (an alias), `sha256:<64 hex>` (exactly this content), `sql`
+(the alias `default` if somebody made one, else the newest version), `sql:latest` (the newest).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import re
 from dataclasses import dataclass
 
 from loraplex.platform.errors import ApiError
+
+DEFAULT_ALIAS = "default"  # what a bare name means, once it is set
+LATEST_ALIAS = "latest"  # always the newest version; nobody can set it
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -26,6 +29,11 @@ class Reference:
     version: int | None = None
     alias: str | None = None
     digest: str | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Just a name."""
+        return self.name is not None and self.version is None and self.alias is None
 
     @classmethod
     def parse(cls, text: str) -> Reference | None:
@@ -48,6 +56,25 @@ def check_name(text: str, *, what: str = "adapter name", param: str = "name") ->
             f"{what} {text[:140]!r} is not allowed: lower-case letters, digits, '.', '_' and '-', "
             "starting with a letter or digit, at most 128 characters",
             param=param,
+        )
+    return text
+
+
+def check_alias(text: str) -> str:
+    """Raises: ApiError(invalid_request) saying what an alias may be."""
+    check_name(text, what="alias", param="alias")
+    if text == LATEST_ALIAS:
+        raise ApiError(
+            "invalid_request",
+            "the alias 'latest' is reserved: it always means the newest version; to say what the "
+            "bare name means, set the alias 'default'",
+            param="alias",
+        )
+    if text.isdigit():
+        raise ApiError(
+            "invalid_request",
+            f"alias {text!r} looks like a version, which is written id@{text}; use a word",
+            param="alias",
         )
     return text
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex.platform.errors import ApiError
-from loraplex.platform.names import check_name
+from loraplex.platform.names import check_alias, check_name
 from loraplex.platform.schemas import checked_metadata
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.uploads import Upload
@@ -30,7 +30,7 @@ class Registration:
             raise ApiError("name_taken", f"{name!r} is the base model's name", param="name")
         alias = fields.pop("alias", None) or None
         if alias is not None:
-            check_name(alias, what="alias", param="alias")
+            check_alias(alias)
         order = cls(name, fields.pop("description", None), _metadata(fields), alias)
         if fields:
             unknown = next(iter(fields))

@@ -4,11 +4,11 @@ commits here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, exists, select, update
+from sqlalchemy import Select, delete, exists, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import contains_eager, selectinload
 
@@ -17,12 +17,18 @@ from loraplex.platform.models import (
     Adapter,
     AdapterVersion,
     Alias,
+    AliasRevision,
+    AliasTarget,
     AuditEvent,
     utc_now,
 )
-from loraplex.platform.names import Reference
+from loraplex.platform.names import DEFAULT_ALIAS, LATEST_ALIAS, Reference
 
 _LIVE = Adapter.deleted_at.is_(None)
+_VERSIONS_AND_ALIASES = (
+    selectinload(Adapter.versions),
+    selectinload(Adapter.aliases).selectinload(Alias.targets),
+)
 
 
 class AdapterRepository:
@@ -37,7 +43,7 @@ class AdapterRepository:
         query = (
             select(Adapter)
             .where(Adapter.tenant == self._tenant, Adapter.name == name)
-            .options(selectinload(Adapter.versions), selectinload(Adapter.aliases))
+            .options(*_VERSIONS_AND_ALIASES)
         )
         if not include_deleted:
             query = query.where(_LIVE)
@@ -49,7 +55,7 @@ class AdapterRepository:
         query = (
             select(Adapter)
             .where(Adapter.tenant == self._tenant, _LIVE, Adapter.name > after)
-            .options(selectinload(Adapter.versions), selectinload(Adapter.aliases))
+            .options(*_VERSIONS_AND_ALIASES)
             .order_by(Adapter.name)
             .limit(limit)
         )
@@ -69,37 +75,77 @@ class AdapterRepository:
         )
         return [(row[0], row[1]) for row in await self._session.execute(query)]
 
+    async def alias_names(self) -> Sequence[tuple[str, str]]:
+        """(name, alias) of every alias that leads to a ready version, by both."""
+        query = (
+            select(Adapter.name, Alias.alias)
+            .distinct()
+            .select_from(Alias)
+            .join(Adapter, Adapter.id == Alias.adapter_id)
+            .join(AliasTarget, (AliasTarget.alias_id == Alias.id) & (AliasTarget.weight > 0))
+            .join(
+                AdapterVersion,
+                (AdapterVersion.adapter_id == AliasTarget.adapter_id)
+                & (AdapterVersion.version == AliasTarget.version),
+            )
+            .where(Adapter.tenant == self._tenant, _LIVE, AdapterVersion.status == "ready")
+            .order_by(Adapter.name, Alias.alias)
+        )
+        return [(row[0], row[1]) for row in await self._session.execute(query)]
+
     async def resolve(
         self, reference: Reference, *, include_draining: bool = False
-    ) -> AdapterVersion | None:
-        """The version a reference means, with its adapter; a bare name means the newest.
+    ) -> list[tuple[AdapterVersion, int]]:
+        """The versions a reference means, each with its adapter and weight; empty if there is none.
 
-        A version that is being deleted is no more, unless asked for.
+        A bare name means its alias `default` if it has one, else the newest version, which
+        `name:latest` means too. A version that is being deleted is no more, unless asked for.
         """
+        if reference.name is not None and reference.version is None:
+            alias = reference.alias or DEFAULT_ALIAS
+            found = await self._targets(reference.name, alias, include_draining)
+            if found or reference.alias not in (None, LATEST_ALIAS):
+                return found
+        return await self._single(reference, include_draining)
+
+    async def _targets(
+        self, name: str, alias: str, include_draining: bool
+    ) -> list[tuple[AdapterVersion, int]]:
         query = (
-            select(AdapterVersion)
-            .join(AdapterVersion.adapter)
-            .where(Adapter.tenant == self._tenant, _LIVE)
-            .options(contains_eager(AdapterVersion.adapter))
-            .order_by(AdapterVersion.version.desc(), AdapterVersion.id)
-            .limit(1)
+            self._usable(include_draining)
+            .add_columns(AliasTarget.weight)
+            .join(
+                AliasTarget,
+                (AliasTarget.adapter_id == AdapterVersion.adapter_id)
+                & (AliasTarget.version == AdapterVersion.version),
+            )
+            .join(Alias, Alias.id == AliasTarget.alias_id)
+            .where(Adapter.name == name, Alias.alias == alias, AliasTarget.weight > 0)
         )
-        if not include_draining:
-            query = query.where(AdapterVersion.status != "draining")
+        return [(row, weight) for row, weight in await self._session.execute(query)]
+
+    async def _single(
+        self, reference: Reference, include_draining: bool
+    ) -> list[tuple[AdapterVersion, int]]:
+        query = self._usable(include_draining).limit(1)
         if reference.digest is not None:
             query = query.where(AdapterVersion.digest == reference.digest)
         else:
             query = query.where(Adapter.name == reference.name)
         if reference.version is not None:
             query = query.where(AdapterVersion.version == reference.version)
-        if reference.alias is not None:
-            query = query.join(
-                Alias,
-                (Alias.adapter_id == AdapterVersion.adapter_id)
-                & (Alias.version == AdapterVersion.version),
-            ).where(Alias.alias == reference.alias)
-        found: AdapterVersion | None = await self._session.scalar(query)
-        return found
+        return [(row, 1) for row in await self._session.scalars(query)]
+
+    def _usable(self, include_draining: bool) -> Select[Any]:
+        """Versions with their adapters, newest first."""
+        query = (
+            select(AdapterVersion)
+            .join(AdapterVersion.adapter)
+            .where(Adapter.tenant == self._tenant, _LIVE)
+            .options(contains_eager(AdapterVersion.adapter))
+            .order_by(AdapterVersion.version.desc(), AdapterVersion.id)
+        )
+        return query if include_draining else query.where(AdapterVersion.status != "draining")
 
     async def versions(self) -> Sequence[AdapterVersion]:
         """Every version of every adapter, with its adapter, by name and version."""
@@ -122,6 +168,84 @@ class AdapterRepository:
             .order_by(AdapterVersion.id)
         )
         return {row.digest: row for row in await self._session.scalars(query)}
+
+
+class AliasRepository:
+    """Changes of aliases, and their history. What they mean now comes with their adapter."""
+
+    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+        self._session = session
+        self._audit = AuditRepository(session, tenant)
+
+    def move(
+        self,
+        adapter: Adapter,
+        name: str,
+        split: Mapping[int, int],
+        actor: str,
+        *,
+        restores: int | None = None,
+    ) -> Alias:
+        """Make an alias mean `split` (version -> weight; nothing = delete it), and write that down.
+
+        Nothing changes when it means that already. adapter: with versions and aliases.
+        """
+        alias = next((row for row in adapter.aliases if row.alias == name), None)
+        if alias is None:
+            alias = Alias(alias=name, revision=0, targets=[])
+            adapter.aliases.append(alias)
+        before = alias.split
+        if before == split:
+            return alias
+        kept = [target for target in alias.targets if target.version in split]
+        for target in kept:
+            target.weight = split[target.version]
+        added = [
+            AliasTarget(version=version, adapter_id=adapter.id, weight=weight)
+            for version, weight in split.items()
+            if version not in before
+        ]
+        alias.targets[:] = sorted([*kept, *added], key=lambda target: target.version)
+        alias.revision += 1
+        self._session.add(
+            AliasRevision(
+                alias=alias,
+                revision=alias.revision,
+                actor=actor,
+                split=_listed(split),
+                restores=restores,
+            )
+        )
+        self._audit.add(
+            actor,
+            "alias.set" if split else "alias.delete",
+            f"{adapter.name}:{name}",
+            before={"split": _listed(before)} if before else None,
+            after={"split": _listed(split)} if split else None,
+        )
+        return alias
+
+    async def history(self, alias: Alias, *, before: int, limit: int) -> Sequence[AliasRevision]:
+        """Revisions below `before`, newest first, at most `limit`."""
+        query = (
+            select(AliasRevision)
+            .where(AliasRevision.alias_id == alias.id, AliasRevision.revision < before)
+            .order_by(AliasRevision.revision.desc())
+            .limit(limit)
+        )
+        return (await self._session.scalars(query)).all()
+
+    async def revision(self, alias: Alias, number: int) -> AliasRevision | None:
+        found: AliasRevision | None = await self._session.scalar(
+            select(AliasRevision).where(
+                AliasRevision.alias_id == alias.id, AliasRevision.revision == number
+            )
+        )
+        return found
+
+
+def _listed(split: Mapping[int, int]) -> list[dict[str, int]]:
+    return [{"version": version, "weight": weight} for version, weight in sorted(split.items())]
 
 
 class ContentRepository:

@@ -80,12 +80,15 @@ class RequestMetrics:
         if prepared.max_tokens_asked is not None:
             seen["request_params_max_tokens"].observe(prepared.max_tokens_asked)
         for adapter, _ in prepared.composition.members:
-            series = self.adapters.of(adapter.name)
+            series = self.adapters.of((adapter.name, str(adapter.version)))
             series.requests += 1
+            series.errors += outcome == "error"
             series.prompt_tokens += generation.num_prompt_tokens
             series.generated_tokens += generation.num_tokens
             if ttft is not None:
                 series.ttft.observe(ttft)
+            if outcome not in ("abort", "error"):
+                series.latency.observe(now - timing.started)
         if log.isEnabledFor(logging.INFO):
             self._log(prepared, outcome, ttft, now - timing.started)
 
@@ -95,9 +98,7 @@ class RequestMetrics:
             "request",
             extra={
                 "request_id": prepared.answer.id,
-                "adapter": "+".join(
-                    f"{a.name}@{a.version}" for a, _ in prepared.composition.members
-                ),
+                "adapter": "+".join(a.reference for a, _ in prepared.composition.members),
                 "stream": prepared.stream,
                 "choices": len(generation.choices),
                 "prompt_tokens": generation.num_prompt_tokens,

@@ -11,11 +11,13 @@ from fastapi import Request
 from loraplex.adapters.store import AdapterStore
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
+from loraplex.platform.alias_service import AliasService
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
 from loraplex.platform.request_metrics import RequestMetrics
+from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.settings import Settings
 from loraplex.platform.usage import UsageMeter
@@ -29,7 +31,9 @@ class Runtime:
     engine: EnginePort
     db: Database
     store: AdapterStore
+    resolver: Resolver
     adapters: AdapterService
+    aliases: AliasService
     admin: AdminService
     inference: InferenceService
     metrics: RequestMetrics

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_METADATA_BYTES = 64 * 1024
+MAX_SPLIT = 16
+MAX_WEIGHT = 1_000_000
+ONLY_WEIGHT = 100  # of a version that has an alias to itself
 
 Status = Literal["validating", "ready", "failed", "draining", "deleted"]
 Residency = Literal["disk", "host", "loading", "device"]
+
+
+VersionNumber = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
 
 
 def checked_metadata(value: Any) -> dict[str, Any]:
@@ -24,6 +30,15 @@ def checked_metadata(value: Any) -> dict[str, Any]:
     if size > MAX_METADATA_BYTES:
         raise ValueError(f"exceeds {MAX_METADATA_BYTES} bytes")
     return value
+
+
+class WeightedVersion(BaseModel):
+    """A version and its weight among the others of a split."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: VersionNumber
+    weight: Annotated[int, Field(strict=True, ge=0, le=MAX_WEIGHT)]
 
 
 class AdapterVersionObject(BaseModel):
@@ -59,7 +74,7 @@ class AdapterObject(AdapterVersionObject):
     base_model: str
     description: str
     metadata: dict[str, Any]
-    aliases: dict[str, int]
+    aliases: dict[str, list[WeightedVersion]]
     probe: dict[str, Any] | None = None
 
 
@@ -85,10 +100,51 @@ class AdapterPatch(BaseModel):
         return value if value is None else checked_metadata(value)
 
 
-class AliasTarget(BaseModel):
+class AliasOrder(BaseModel):
+    """What an alias shall mean: one version, or several by weight."""
+
     model_config = ConfigDict(extra="forbid")
 
-    version: Annotated[int, Field(ge=1)]
+    version: VersionNumber | None = None
+    split: Annotated[list[WeightedVersion], Field(min_length=1, max_length=MAX_SPLIT)] | None = (
+        Field(None, description="Weights are whole numbers; shares are weight / sum of weights.")
+    )
+
+    @field_validator("split")
+    @classmethod
+    def _some_weight(cls, value: list[WeightedVersion] | None) -> list[WeightedVersion] | None:
+        if value is None:
+            return value
+        versions = [item.version for item in value]
+        if len(set(versions)) != len(versions):
+            twice = next(version for version in versions if versions.count(version) > 1)
+            raise ValueError(f"version {twice} is named twice; add up its weights")
+        if not any(item.weight for item in value):
+            raise ValueError("every weight is 0, so no request could be served; give one a weight")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> AliasOrder:
+        if (self.version is None) == (self.split is None):
+            raise ValueError(
+                'send either "version" or "split", such as {"version": 3} or '
+                '{"split": [{"version": 3, "weight": 90}, {"version": 4, "weight": 10}]}'
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[int, int]:
+        if self.version is not None:
+            return {self.version: ONLY_WEIGHT}
+        return {item.version: item.weight for item in self.split or ()}
+
+
+class RollbackOrder(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    revision: Annotated[int, Field(strict=True, ge=1, lt=10**9)] | None = Field(
+        None, description="The revision to go back to; default: the one before the last change."
+    )
 
 
 class Freed(BaseModel):
@@ -106,9 +162,37 @@ class AdapterDeleted(BaseModel):
 
 
 class AliasObject(BaseModel):
+    """`id:alias` and what it means. `version` is null when that is more than one."""
+
     id: str
+    object: Literal["alias"] = "alias"
     alias: str
-    version: int
+    revision: int
+    version: int | None
+    split: list[WeightedVersion]
+
+
+class AliasList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AliasObject]
+
+
+class AliasRevisionObject(BaseModel):
+    """What an alias meant from `at` on. `split` is empty where it was deleted; `restores` is the
+    revision that a rollback went back to.
+    """
+
+    revision: int
+    at: int
+    actor: str
+    split: list[WeightedVersion]
+    restores: int | None
+
+
+class AliasHistory(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AliasRevisionObject]
+    has_more: bool
 
 
 class AliasDeleted(BaseModel):

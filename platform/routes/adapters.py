@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, list, describe, download, alias, delete."""
+"""`/v1/adapters`: upload, list, describe, download, delete. Aliases are in aliases.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from loraplex.platform.schemas import (
     AdapterList,
     AdapterObject,
     AdapterPatch,
-    AliasDeleted,
-    AliasObject,
-    AliasTarget,
 )
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -102,7 +99,7 @@ async def get_adapter(adapter_id: AdapterId, state: State) -> AdapterDetail:
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
 async def download_adapter(adapter_id: AdapterId, state: State) -> StreamingResponse:
     """The two files as a tar.gz."""
-    adapter = await state.adapters.find(adapter_id)
+    adapter = await state.resolver.find(adapter_id)
     try:
         chunks = tar_gz(state.adapters.files(adapter.digest), adapter.name)
     except FileNotFoundError:
@@ -148,18 +145,3 @@ async def delete_adapter(
     return await state.adapters.delete(
         adapter_id, version=version, force=force, drain_timeout_s=drain_timeout_s, actor=who
     )
-
-
-@router.put("/{adapter_id}/aliases/{alias}")
-async def set_alias(
-    adapter_id: AdapterId, alias: str, target: AliasTarget, state: State, who: Actor
-) -> AliasObject:
-    """Point `id:alias` at a version."""
-    return await state.adapters.set_alias(adapter_id, alias, target.version, who)
-
-
-@router.delete("/{adapter_id}/aliases/{alias}")
-async def delete_alias(adapter_id: AdapterId, alias: str, state: State, who: Actor) -> AliasDeleted:
-    """Remove an alias; the version stays."""
-    await state.adapters.delete_alias(adapter_id, alias, who)
-    return AliasDeleted(id=adapter_id, alias=alias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import JSONResponse
 
 from loraplex.platform.errors import ApiError
@@ -15,6 +15,14 @@ from loraplex.platform.runtime import Runtime, runtime
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 State = Annotated[Runtime, Depends(runtime)]
+StickyKey = Annotated[
+    str | None,
+    Header(
+        alias="x-sticky-key",
+        description="Requests with one key get one version of an alias that is split. "
+        "Default: the field `user`; without that, each request is on its own.",
+    ),
+]
 
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {
@@ -25,27 +33,28 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/completions", responses=_STREAM)
-async def completions(body: CompletionBody, state: State) -> Response:
+async def completions(body: CompletionBody, state: State, sticky_key: StickyKey = None) -> Response:
     """Continue a prompt. `adapter_id` (or `model`) names the adapter; without one the base model
     answers.
     """
-    prepared = await state.inference.prepare_completion(body, state.served_model())
+    prepared = await state.inference.prepare_completion(body, state.served_model(), sticky_key)
     return GenerationResponse(prepared, state.generation_ended)
 
 
 @router.post("/chat/completions", responses=_STREAM)
-async def chat_completions(body: ChatBody, state: State) -> Response:
+async def chat_completions(body: ChatBody, state: State, sticky_key: StickyKey = None) -> Response:
     """Answer a chat, formatted by the model's chat template."""
-    prepared = await state.inference.prepare_chat(body, state.served_model())
+    prepared = await state.inference.prepare_chat(body, state.served_model(), sticky_key)
     return GenerationResponse(prepared, state.generation_ended)
 
 
 @router.get("/models")
 async def models(state: State) -> JSONResponse:
-    """The base model and every adapter with a usable version."""
+    """The base model, every adapter with a usable version, and their aliases."""
     model = state.served_model()
     adapters = [
-        _adapter_card(name, created, model.name) for name, created in await state.adapters.names()
+        _adapter_card(reference, reference.partition(":")[0], created, model.name)
+        for reference, created in await state.adapters.names()
     ]
     return JSONResponse({"object": "list", "data": [_base_card(state), *adapters]})
 
@@ -57,7 +66,7 @@ async def retrieve_model(model_id: str, state: State) -> JSONResponse:
     if model_id in (model.name, model.info.name):
         return JSONResponse(_base_card(state))
     try:
-        await state.adapters.resolve(model_id)
+        await state.resolver.choose(model_id, "")
         detail = await state.adapters.get(model_id)
     except ApiError as error:
         if error.code != "adapter_not_found":
@@ -65,7 +74,7 @@ async def retrieve_model(model_id: str, state: State) -> JSONResponse:
         raise ApiError(
             "model_not_found", f"there is no model or adapter {model_id[:140]!r}", param="model"
         ) from None
-    return JSONResponse(_adapter_card(model_id, detail.created_at, model.name))
+    return JSONResponse(_adapter_card(model_id, detail.id, detail.created_at, model.name))
 
 
 def _base_card(state: Runtime) -> dict[str, Any]:
@@ -74,8 +83,8 @@ def _base_card(state: Runtime) -> dict[str, Any]:
     return {**card, "max_model_len": model.info.max_model_len}
 
 
-def _adapter_card(name: str, created: int, base: str) -> dict[str, Any]:
-    return {**_card(name, created, root=name, parent=base), "max_model_len": None}
+def _adapter_card(reference: str, name: str, created: int, base: str) -> dict[str, Any]:
+    return {**_card(reference, created, root=name, parent=base), "max_model_len": None}
 
 
 def _card(name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -96,3 +98,108 @@ async def test_writes_begin_immediately_and_roll_back_on_error(tmp_path: Path) -
     async with database.read() as session:
         assert await session.get(Adapter, 1) is None
     await database.close()
+
+
+NOW = "2026-11-24 00:00:00.000000"
+FIRST_SCHEMA = (
+    f"INSERT INTO adapter VALUES (1, 'default', 'sql', 'd', '{{}}', 3, '{NOW}', NULL)",
+    f"INSERT INTO adapter VALUES (2, 'default', 'json', '', '{{}}', 2, '{NOW}', NULL)",
+    *(
+        f"INSERT INTO adapter_version VALUES ({id_}, {adapter}, {version}, '{'ab' * 32}', 'm', 's',"
+        f" '{{\"rank\": 4}}', 'ready', NULL, '{NOW}', NULL, 7, 8, 9)"
+        for id_, adapter, version in ((1, 1, 1), (2, 1, 2), (3, 2, 1))
+    ),
+    "INSERT INTO alias VALUES (5, 2, 'prod', 1)",
+    "INSERT INTO alias VALUES (7, 1, 'beta', 2)",
+    "INSERT INTO alias VALUES (9, 1, 'prod', 1)",
+    f"INSERT INTO audit_event VALUES (1, '{NOW}', 'default', 'a', 'alias.set', 'sql:prod', NULL,"
+    " '{}')",
+)
+
+
+def filled(connection: Connection) -> None:
+    """A registry as the first release left it, with data."""
+    connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+    connection.commit()
+    upgrade(connection, "2026_11_24_initial")
+    for statement in FIRST_SCHEMA:
+        connection.exec_driver_sql(statement)
+    connection.commit()
+
+
+def rows(connection: Connection, query: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+
+KEPT = {
+    "adapter": "SELECT * FROM adapter",
+    "adapter_version": "SELECT * FROM adapter_version",
+    "audit_event": "SELECT * FROM audit_event",
+}
+
+
+def test_aliases_of_the_first_schema_become_their_first_revision(
+    with_connection: Callable[..., None],
+) -> None:
+    def check(connection: Connection) -> None:
+        kept = {table: rows(connection, query) for table, query in KEPT.items()}
+        assert [len(found) for found in kept.values()] == [2, 3, 1]
+        upgrade(connection)
+        assert {table: rows(connection, query) for table, query in KEPT.items()} == kept
+        meanings = rows(
+            connection,
+            "SELECT a.adapter_id, alias, a.revision, version, weight, actor, split FROM alias a"
+            " JOIN alias_target t ON t.alias_id = a.id JOIN alias_revision r ON r.alias_id = a.id"
+            " ORDER BY 1, 2",
+        )
+        assert [(*row[:6], json.loads(row[6])) for row in meanings] == [
+            (adapter, alias, 1, version, 100, "migration", [{"version": version, "weight": 100}])
+            for adapter, alias, version in ((1, "beta", 2), (1, "prod", 1), (2, "prod", 1))
+        ]
+        assert rows(connection, "PRAGMA foreign_key_check") == []
+
+    with_connection(filled, check)
+
+
+def test_a_split_goes_back_to_its_heaviest_version(with_connection: Callable[..., None]) -> None:
+    def split(connection: Connection) -> None:
+        (prod,) = rows(connection, "SELECT id FROM alias WHERE adapter_id = 1 AND alias = 'prod'")
+        (beta,) = rows(connection, "SELECT id FROM alias WHERE alias = 'beta'")
+        connection.exec_driver_sql(f"INSERT INTO alias_target VALUES ({prod[0]}, 2, 1, 300)")
+        connection.exec_driver_sql(f"DELETE FROM alias_target WHERE alias_id = {beta[0]}")
+        connection.commit()
+
+    def check(connection: Connection) -> None:
+        downgrade(connection, "2026_11_24_initial")
+        assert rows(connection, "SELECT adapter_id, alias, version FROM alias ORDER BY 1, 2") == [
+            (1, "prod", 2),
+            (2, "prod", 1),
+        ]
+        assert len(rows(connection, KEPT["adapter_version"])) == 3
+
+    with_connection(filled, upgrade, split, check)
+
+
+async def test_a_server_goes_on_where_the_first_release_stopped(tmp_path: Path) -> None:
+    """The rows of the first schema, read by the code of today."""
+    from loraplex.platform.resolution import Resolver
+
+    sync = create_engine(f"sqlite:///{tmp_path / 'r.sqlite'}")
+    with sync.connect() as connection:
+        filled(connection)
+    sync.dispose()
+    database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'r.sqlite'}")
+    resolver = Resolver(database)
+    found = {
+        reference: (await resolver.choose(reference, "somebody")).reference
+        for reference in ("sql", "sql:prod", "sql:beta", "sql@1", "json", "json:prod")
+    }
+    await database.close()
+    assert found == {
+        "sql": "sql@2",
+        "sql:prod": "sql@1",
+        "sql:beta": "sql@2",
+        "sql@1": "sql@1",
+        "json": "json@1",
+        "json:prod": "json@1",
+    }

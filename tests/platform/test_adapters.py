@@ -1,6 +1,4 @@
-"""`/v1/adapters` through the ASGI app: upload in every form, list, versions, aliases, download,
-delete.
-"""
+"""`/v1/adapters` through the ASGI app: upload in every form, list, versions, download, delete."""
 
 from __future__ import annotations
 
@@ -162,46 +160,6 @@ async def test_download_gives_back_the_very_bytes(
     assert again.json()["digest"] == made["digest"]
 
 
-# --- aliases ---------------------------------------------------------------------------------
-
-
-async def test_aliases_move(server: Any) -> None:
-    for alpha in (8, 16):
-        await server.upload("sql", alpha=alpha)
-    put = await server.http.put("/v1/adapters/sql/aliases/prod", json={"version": 1})
-    assert put.json() == {"id": "sql", "alias": "prod", "version": 1}
-    assert (await server.http.get("/v1/adapters/sql:prod")).json()["version"] == 1
-    await server.http.put("/v1/adapters/sql/aliases/prod", json={"version": 2})
-    assert (await server.http.get("/v1/adapters/sql:prod")).json()["version"] == 2
-    assert (await server.http.get("/v1/adapters/sql")).json()["aliases"] == {"prod": 2}
-    gone = await server.http.delete("/v1/adapters/sql/aliases/prod")
-    assert gone.json() == {"id": "sql", "alias": "prod", "deleted": True}
-    assert (await server.http.get("/v1/adapters/sql:prod")).status_code == 404
-    missing = await server.http.delete("/v1/adapters/sql/aliases/prod")
-    assert missing.json()["error"]["code"] == "alias_not_found"
-
-
-async def test_a_moved_alias_is_seen_by_the_next_request(server: Any) -> None:
-    """Resolutions are cached; a change must empty the cache."""
-    first = await server.upload("sql", alpha=8, alias="prod")
-    second = await server.upload("sql", alpha=16)
-    ask = {"adapter_id": "sql:prod", "prompt": "x", "max_tokens": 1}
-    for version, wanted in ((1, first), (2, second)):
-        await server.http.put("/v1/adapters/sql/aliases/prod", json={"version": version})
-        answer = await server.http.post("/v1/completions", json=ask)
-        assert answer.json()["adapter"]["digest"] == wanted["digest"]
-
-
-async def test_bad_aliases_are_refused(server: Any) -> None:
-    await server.upload("sql")
-    bad_name = await server.http.put("/v1/adapters/sql/aliases/Bad!", json={"version": 1})
-    assert bad_name.status_code == 400
-    no_version = await server.http.put("/v1/adapters/sql/aliases/a", json={"version": 7})
-    assert no_version.status_code == 404
-    split = await server.http.put("/v1/adapters/sql/aliases/a", json={"split": []})
-    assert split.status_code == 400
-
-
 # --- deletion --------------------------------------------------------------------------------
 
 
@@ -256,16 +214,6 @@ async def test_shared_content_stays_until_its_last_name_goes(server: Any) -> Non
     assert stored(server) == {made["digest"]}
     await server.http.delete("/v1/adapters/two")
     assert stored(server) == set()
-
-
-async def test_an_alias_protects_its_version(server: Any) -> None:
-    await server.upload("sql", alpha=8, alias="prod")
-    await server.upload("sql", alpha=16)
-    refused = await server.http.delete("/v1/adapters/sql?version=1")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "version_has_alias")
-    forced = await server.http.delete("/v1/adapters/sql?version=1&force=true")
-    assert forced.status_code == 200
-    assert (await server.http.get("/v1/adapters/sql")).json()["aliases"] == {}
 
 
 async def test_an_adapter_in_use_is_deleted_only_by_force(

@@ -385,6 +385,7 @@ async def test_the_adapter_is_named_by_adapter_id_or_model(server: Any) -> None:
             answer = await server.http.post(path, json={**text, **body, "max_tokens": 1})
             assert answer.json()["adapter"] == {"id": "sql", "version": 1, "digest": made["digest"]}
             assert answer.headers["x-adapter-digest"] == made["digest"]
+            assert answer.headers["x-adapter-version"] == "sql@1"
             assert answer.json()["model"] == body.get("model", "tiny")
             assert [(u.digest, u.weight) for u in server.engine.seen[-1].adapters] == [
                 (digest, 1.0)
@@ -407,7 +408,11 @@ async def test_without_an_adapter_the_base_answers(server: Any) -> None:
 async def test_a_composition(server: Any) -> None:
     one, two = await server.upload("one", alpha=8), await server.upload("two", alpha=16)
     members = [{"id": "one", "weight": 0.7}, {"id": "two", "weight": -0.3}]
-    answer = await complete(server, adapters=members)
+    body = {"prompt": "x", "adapters": members}
+    whole = await server.http.post("/v1/completions", json=body)
+    assert whole.headers["x-adapter-version"] == "one@1,two@1"
+    assert whole.headers["x-adapter-digest"] == f"{one['digest']},{two['digest']}"
+    answer = whole.json()
     assert "adapter" not in answer
     assert [(a["id"], a["weight"]) for a in answer["adapters"]] == [("one", 0.7), ("two", -0.3)]
     assert [(f"sha256:{u.digest}", u.weight) for u in server.engine.seen[0].adapters] == [
@@ -429,7 +434,9 @@ async def test_models_lists_the_base_and_its_adapters(server: Any) -> None:
         ("tiny", None),
         ("json", "tiny"),
         ("sql", "tiny"),
+        ("sql:prod", "tiny"),
     ]
+    assert listed["data"][-1]["root"] == "sql"
     assert listed["data"][0]["max_model_len"] == 128
     assert all(m["object"] == "model" and isinstance(m["created"], int) for m in listed["data"])
     for name in ("tiny", "sql", "sql@1", "sql:prod"):

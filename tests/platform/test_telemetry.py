@@ -55,6 +55,28 @@ async def test_requests_are_counted(server: Any) -> None:
     assert value(samples, "loraplex:adapter_time_to_first_token_seconds_count", adapter="sql") == 2
 
 
+async def test_every_version_has_series_of_its_own(server: Any) -> None:
+    for alpha in (8, 16):
+        await server.upload("sql", alpha=alpha)
+    server.engine.fail_after = 3
+    failed = {"prompt": "x", "adapter_id": "sql@2", "stream": True}
+    await server.http.post("/v1/completions", json=failed)
+    server.engine.fail_after = None
+    for version, times in ((1, 2), (2, 1)):
+        for _ in range(times):
+            body = {"prompt": "x", "adapter_id": f"sql@{version}", "max_tokens": 2}
+            await server.http.post("/v1/completions", json=body)
+    samples = await scrape(server)
+    for version, requests, errors, tokens in (("1", 2, 0, 4), ("2", 2, 1, 3 + 2)):
+        mine = {"adapter": "sql", "version": version}
+        assert value(samples, "loraplex:adapter_requests_total", **mine) == requests
+        assert value(samples, "loraplex:adapter_errors_total", **mine) == errors
+        assert value(samples, "loraplex:adapter_generation_tokens_total", **mine) == tokens
+        good = value(samples, "loraplex:adapter_e2e_request_latency_seconds_count", **mine)
+        assert good == requests - errors
+        assert value(samples, "loraplex:adapter_loads_total", **mine) == 1
+
+
 async def test_the_engines_figures_have_vllms_names(server: Any) -> None:
     await server.upload("sql")
     await server.http.post("/v1/completions", json={"prompt": "x", "adapter_id": "sql"})
@@ -110,19 +132,20 @@ def test_the_busiest_adapters_have_series_of_their_own() -> None:
 
     def use(name: str, times: int = 1) -> None:
         for _ in range(times):
-            series.of(name).requests += 1
+            series.of((name, "1")).requests += 1
 
     use("a", 5)
     use("b", 2)
     use("c", 2)  # no busier than b: counted with the others
-    assert {name: s.requests for name, s in series} == {"a": 5, "b": 2, "other": 2}
+    assert {name: s.requests for (name, _), s in series} == {"a": 5, "b": 2, "other": 2}
     use("c")  # its third use takes b's place
-    counts = {name: s.requests for name, s in series}
+    counts = {name: s.requests for (name, _), s in series}
     assert counts == {"a": 5, "c": 1, "other": 4}
     for i in range(1000):
         use(f"adapter-{i}")
+        series.of(("a", str(i + 2))).requests += 1  # versions count as much as names
     assert len(list(series)) == 3
-    assert sum(s.requests for _, s in series) == 1010
+    assert sum(s.requests for _, s in series) == 2010
 
 
 @pytest.fixture
