@@ -84,7 +84,7 @@ class BatchBuilder:
                 host_context_lens=context_lens,
                 host_block_tables=tables,
             ),
-            lora=self._lora.build(_runs(schedule, query_start), query_start[-1]),
+            lora=self._lora.build(adapter_runs(schedule, query_start), query_start[-1]),
         )
 
     def _sync_block_tables(self, tables: list[list[int]]) -> BlockTables:
@@ -101,7 +101,7 @@ class BatchBuilder:
         return self._block_tables[: len(tables), :width].copy()
 
 
-def _runs(schedule: Schedule, query_start: list[int]) -> list[Run]:
+def adapter_runs(schedule: Schedule, query_start: list[int]) -> list[Run]:
     """Neighbouring rows of one composition together; rows of the base model left out."""
     runs: list[Run] = []
     for s, row in zip(schedule.scheduled, query_start, strict=False):
@@ -117,35 +117,17 @@ def _runs(schedule: Schedule, query_start: list[int]) -> list[Run]:
     return runs
 
 
-class _LoraBatchBuilder:
-    """While the same rows decode on, the last batch is used again, with a backend's notes."""
+@dataclass(frozen=True, slots=True)
+class RowPages:
+    """Which adapter pages apply to which rows of a step; see `kernels.ops.LoraBatch`."""
 
-    def __init__(self, pool: PagePool, device: torch.device) -> None:
-        self._pool = pool
-        self._device = device
-        self._tables = PageTables(
-            arena=pool.arena,
-            offset_a=pool.offset_a,
-            offset_b=pool.offset_b,
-            live_ranks=pool.live_ranks,
-            scaling=pool.scaling,
-            version=pool.version,
-        )
-        self._key: tuple[list[Run], int, int] | None = None
-        self._batch: LoraBatch | None = None
+    tiles: list[tuple[int, int, int, int]]  # first row, rows, first page entry, page entries
+    page_ids: list[int]
+    page_weights: list[float]
+    adapted: frozenset[tuple[int, int]]
 
-    def build(self, runs: list[Run], num_rows: int) -> LoraBatch | None:
-        if not runs:
-            return None
-        key = (runs, num_rows, self._pool.version)
-        if key != self._key:
-            self._tables.version = self._pool.version
-            self._batch = self._assemble(runs)
-            self._key = key
-        return self._batch
-
-    def _assemble(self, runs: list[Run]) -> LoraBatch:
-        pool = self._pool
+    @classmethod
+    def find(cls, pool: PagePool, runs: list[Run]) -> RowPages:
         tiles: list[tuple[int, int, int, int]] = []
         page_ids: list[int] = []
         weights: list[float] = []
@@ -161,15 +143,50 @@ class _LoraBatchBuilder:
                     adapted |= pool.adapted(use.digest)
                 spans[adapters] = (first, len(page_ids) - first)
             tiles.append((row, count, *spans[adapters]))
+        return cls(tiles, page_ids, weights, frozenset(adapted))
+
+
+def page_tables(pool: PagePool) -> PageTables:
+    return PageTables(
+        arena=pool.arena,
+        offset_a=pool.offset_a,
+        offset_b=pool.offset_b,
+        live_ranks=pool.live_ranks,
+        scaling=pool.scaling,
+        version=pool.version,
+    )
+
+
+class _LoraBatchBuilder:
+    """While the same rows decode on, the last batch is used again, with a backend's notes."""
+
+    def __init__(self, pool: PagePool, device: torch.device) -> None:
+        self._pool = pool
+        self._device = device
+        self._tables = page_tables(pool)
+        self._key: tuple[list[Run], int, int] | None = None
+        self._batch: LoraBatch | None = None
+
+    def build(self, runs: list[Run], num_rows: int) -> LoraBatch | None:
+        if not runs:
+            return None
+        key = (runs, num_rows, self._pool.version)
+        if key != self._key:
+            self._tables.version = self._pool.version
+            self._batch = self._assemble(RowPages.find(self._pool, runs))
+            self._key = key
+        return self._batch
+
+    def _assemble(self, pages: RowPages) -> LoraBatch:
         device = self._device
         return LoraBatch(
             tables=self._tables,
-            tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
-            page_ids=torch.tensor(page_ids, dtype=torch.int32, device=device),
-            page_weights=torch.tensor(weights, dtype=torch.float32, device=device),
-            max_pages=max(count for _, _, _, count in tiles),
-            host_tiles=tiles,
-            host_page_ids=page_ids,
-            host_page_weights=weights,
-            adapted=frozenset(adapted),
+            tiles=torch.tensor(pages.tiles, dtype=torch.int32, device=device),
+            page_ids=torch.tensor(pages.page_ids, dtype=torch.int32, device=device),
+            page_weights=torch.tensor(pages.page_weights, dtype=torch.float32, device=device),
+            max_pages=max(count for _, _, _, count in pages.tiles),
+            host_tiles=pages.tiles,
+            host_page_ids=pages.page_ids,
+            host_page_weights=pages.page_weights,
+            adapted=pages.adapted,
         )

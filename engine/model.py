@@ -64,14 +64,25 @@ class Decoder:
         self._scale: float = config.head_dim**-0.5
 
     def forward(
-        self, token_ids: Tensor, kv: KVCache, batch: AttentionBatch, lora: LoraBatch | None
+        self,
+        token_ids: Tensor,
+        kv: KVCache,
+        batch: AttentionBatch,
+        lora: LoraBatch | None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """One step: `[T] int64 -> [T, hidden]`, normed, ready for `logits`. Writes K and V."""
+        """One step: `[T] int64 -> [T, hidden]`, normed, ready for `logits`. Writes K and V.
+
+        before_layer: called with each layer's number ahead of it, to wait for adapters on their
+        way.
+        """
         ops, eps, heads = self.ops, self.config.rms_norm_eps, self.config.num_heads
         cos, sin = self.rope(batch.positions)
         residual = ops.embed(token_ids, self.embedding)
         x = ops.rms_norm(residual, self.first_norm, eps)
         for i, layer in enumerate(self.layers):
+            if before_layer is not None:
+                before_layer(i)
             t = ops.lora_shrink(x, lora, i, QKV)
             q = ops.rope_kv_write(
                 layer.qkv(x), t, lora, i,
