@@ -34,7 +34,7 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Traits:
+class Traits:
     """What a sequence's parameters ask for; worked out once per sequence."""
 
     greedy: bool
@@ -43,7 +43,7 @@ class _Traits:
     plain: bool  # nothing but the most likely token
 
     @classmethod
-    def of(cls, p: SamplingParams) -> _Traits:
+    def of(cls, p: SamplingParams) -> Traits:
         greedy = p.temperature < GREEDY_BELOW
         edits = bool(p.logit_bias) or p.allowed_token_ids is not None or p.min_tokens > 0
         penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
@@ -68,7 +68,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._traits: dict[int, _Traits] = {}
+        self._traits: dict[int, Traits] = {}
         self._seen: dict[int, _Seen] = {}
 
     def forget(self, seq_ids: Iterable[int]) -> None:
@@ -104,9 +104,7 @@ class Sampler:
                 nothing[i] = entry
         return Sampled(token_ids, nothing)
 
-    def _choose(
-        self, logits: Tensor, sequences: list[Sequence], traits: list[_Traits]
-    ) -> list[int]:
+    def _choose(self, logits: Tensor, sequences: list[Sequence], traits: list[Traits]) -> list[int]:
         """logits: `[R, vocab]` float32, ours to change."""
         for i, (seq, t) in enumerate(zip(sequences, traits, strict=True)):
             if t.edits:
@@ -124,10 +122,10 @@ class Sampler:
             token_ids[i] = token_id
         return token_ids
 
-    def _traits_of(self, seq: Sequence) -> _Traits:
+    def _traits_of(self, seq: Sequence) -> Traits:
         traits = self._traits.get(seq.seq_id)
         if traits is None:
-            traits = self._traits[seq.seq_id] = _Traits.of(seq.sampling)
+            traits = self._traits[seq.seq_id] = Traits.of(seq.sampling)
         return traits
 
     def _edit(self, row: Tensor, seq: Sequence) -> None:
