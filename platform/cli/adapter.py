@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from loraplex.platform.cli import output
+from loraplex.platform.cli import alias, output
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.server_api import (
     DEFAULT_URL,
@@ -33,6 +33,8 @@ app = typer.Typer(
     help="Upload, list, load, evict and delete adapters.",
 )
 
+app.add_typer(alias.app, name="alias")
+
 Reference = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="id, id@version, id:alias or sha256:digest.")
 ]
@@ -51,8 +53,8 @@ def add(
     metadata: Annotated[
         str | None, typer.Option(help="A JSON object to keep with the adapter.")
     ] = None,
-    alias: Annotated[
-        str | None, typer.Option(help="Alias that shall point to this version.")
+    alias_name: Annotated[
+        str | None, typer.Option("--alias", help="Alias that shall mean this version from now on.")
     ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -64,8 +66,8 @@ def add(
         fields["description"] = description
     if metadata is not None:
         fields["metadata"] = _json_object(metadata)
-    if alias is not None:
-        fields["alias"] = alias
+    if alias_name is not None:
+        fields["alias"] = alias_name
     with ServerApi(url, api_key) as api:
         added = upload(api, fields, adapter_files(path), show_progress=not as_json)
     if as_json:
@@ -121,10 +123,41 @@ def show(
 
 
 @app.command()
+def versions(
+    adapter: Reference, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: AsJson = False
+) -> None:
+    """List an adapter's versions, the aliases that lead to them, and their use."""
+    with ServerApi(url, api_key) as api:
+        found = api.get(adapter_path(adapter))
+    if as_json:
+        output.print_json({"object": "list", "data": found["versions"]})
+        return
+    rows = output.table(
+        ">version", "aliases", "status", "residency", ">rank", ">requests", ">tokens", "last used",
+        "digest",
+    )  # fmt: skip
+    for v in found["versions"]:
+        rows.add_row(
+            str(v["version"]),
+            ", ".join(alias.shares_of(v["version"], found["aliases"])),
+            v["status"],
+            v["residency"],
+            str(v["rank"]),
+            str(v["num_requests"]),
+            str(v["num_generated_tokens"]),
+            output.ago(v["last_used_at"]),
+            v["digest"][:19],
+        )
+    output.stdout().print(rows)
+
+
+@app.command()
 def rm(
     adapter: Reference,
     version: Annotated[int | None, typer.Option(help="Only this version.")] = None,
-    force: Annotated[bool, typer.Option(help="Even while requests run on it.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Even while requests run on it or an alias leads to it.")
+    ] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: AsJson = False,
