@@ -11,9 +11,9 @@ block and no copy-on-write exists. The last token of a sequence is never taken f
 logits are needed.
 
 A full block becomes findable when it is *scheduled*, before it is computed, so that sequences of
-one step share it. This is sound because (1) runners write the K/V of all of a step's tokens
-before attention reads them, per layer, and (2) `free` makes blocks that were never computed
-unfindable again; a step that fails must free all its sequences.
+one step share it. This is sound because runners write the K/V of all of a step's tokens before
+attention reads them, per layer, and steps take effect in order. After a step that fails, all
+contents must be forgotten. A block whose last token is pending becomes findable when that is known.
 
 PagedAttention: 2309.06180. Every operation is O(1) per block, but O(log n) to pick the lowest
 free one: neighbours in a sequence then tend to be neighbours in memory.
@@ -89,6 +89,7 @@ class BlockManager:
         # Sorted, since the LRU hands out a chain tail first: memory order follows token order.
         seq.block_table = shared + sorted(self._take() for _ in range(num_new))
         seq.num_computed_tokens = len(shared) * self.block_size
+        seq.num_published_blocks = len(shared)
         if self.enable_prefix_cache:
             self.num_queried_tokens += seq.num_tokens
             self.num_hit_tokens += seq.num_computed_tokens
@@ -105,17 +106,16 @@ class BlockManager:
         return True
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Make findable the full blocks that the step now scheduled completes, up to `num_tokens`.
+        """Make findable the full blocks of the leading `num_tokens`, computed or now scheduled,
+        as far as the tokens are known.
 
         A block whose contents another block has already stays private.
         """
-        if not self.enable_prefix_cache:
-            return
         size = self.block_size
-        end = num_tokens // size
-        begin = seq.num_computed_tokens // size
-        if begin >= end:
+        begin, end = seq.num_published_blocks, min(num_tokens, len(seq.token_ids)) // size
+        if begin >= end or not self.enable_prefix_cache:
             return
+        seq.num_published_blocks = end
         hashes = block_hashes(seq, end, size)
         for index in range(begin, end):
             block, block_hash = seq.block_table[index], hashes[index]
@@ -127,15 +127,9 @@ class BlockManager:
             self._tokens_of[block] = seq.token_ids[index * size : (index + 1) * size]
 
     def free(self, seq: Sequence) -> None:
-        """Take back all blocks. What lies past `num_computed_tokens` was not computed and is
-        forgotten.
-        """
-        num_computed_blocks = seq.num_computed_tokens // self.block_size
+        """Take back all blocks; the contents of published ones stay findable."""
         # Tail first, so that of a chain the end is reused before the beginning it depends on.
-        for index in range(len(seq.block_table) - 1, -1, -1):
-            block = seq.block_table[index]
-            if index >= num_computed_blocks:
-                self._forget(block)
+        for block in reversed(seq.block_table):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if block in self._hash_of:
@@ -143,7 +137,7 @@ class BlockManager:
                 else:
                     heapq.heappush(self._free, block)
         seq.block_table = []
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_published_blocks = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget all contents. Running sequences keep their blocks, but nobody new finds them."""

@@ -1,7 +1,10 @@
 """The engine: takes requests in, runs steps, hands outputs back. Synchronous, one thread, no
 torch.
 
-    step:  take in loads -> orders -> schedule -> launch -> collect -> update -> outputs
+    step:  take in loads -> orders -> schedule -> launch -> settle -> outputs
+
+What `settle` waits for is this step on a CPU and the one before it on a GPU, which so runs on
+while the next step is prepared (`in_flight.py`).
 
 It is put together from ready parts (`engine/build.py`), so it runs the same in a process of its
 own, in a notebook and in a test with fakes. It knows tokens, never text. Every accepted request
@@ -27,6 +30,7 @@ from loraplex.engine.api import ErrorInfo, FinishReason, SequenceOutput
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidRequest
+from loraplex.engine.in_flight import InFlight, StepInFlight
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.seams import Runner, Schedule, StepSample
@@ -66,9 +70,11 @@ class Engine:
         self._memory = memory
         self._clock = clock
         self._wake = threading.Event()
+        self._in_flight = InFlight(slots.release)
         self._scheduler = Scheduler(
             blocks,
             slots,
+            self._in_flight,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_waiting=config.max_num_waiting,
@@ -116,7 +122,7 @@ class Engine:
         self._scheduler.add(seq)
 
     def cancel(self, request_id: str) -> bool:
-        """End a request; its blocks and adapters are free on return, its last output comes with
+        """End a request; what it held is given back (`in_flight.py`), its last output comes with
         the next step.
 
         False when there is no such live request (it may just have ended).
@@ -129,7 +135,7 @@ class Engine:
 
     @property
     def ran_last_step(self) -> bool:
-        """The last step had something to run, so the next one may have, too."""
+        """The last step had something to run or to settle, so the next one may have, too."""
         return self._ran
 
     @property
@@ -139,7 +145,13 @@ class Engine:
 
     def has_work(self) -> bool:
         """There is a reason to call `step`."""
-        return bool(self._sequences or self._outputs or len(self._orders) or self._slots.is_loading)
+        return bool(
+            self._sequences
+            or self._in_flight
+            or self._outputs
+            or len(self._orders)
+            or self._slots.is_loading
+        )
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -151,16 +163,12 @@ class Engine:
         self._take_in_loads()
         self._orders.poll()
         schedule = self._scheduler.schedule()
-        self._ran = bool(schedule.scheduled)
-        if self._ran:
-            self._note_first_scheduled(schedule)
-            try:
-                samples = self._runner.collect(self._runner.launch(schedule))
-                assert len(samples) == len(schedule.scheduled), "one sample per sequence"
-            except Exception as error:
-                self._fail_step(schedule, error)
-            else:
-                self._update(schedule, samples)
+        self._ran = bool(schedule.scheduled or self._in_flight)
+        if schedule.scheduled:
+            self._launch(schedule)
+        stay_in_flight = self._runner.max_in_flight if schedule.scheduled else 0
+        while len(self._in_flight) > stay_in_flight:
+            self._settle_oldest()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -185,6 +193,29 @@ class Engine:
                 continue
             self._fail(seq, error_info(AdapterUnavailable(failed.message, code=failed.code)))
 
+    def _launch(self, schedule: Schedule) -> None:
+        self._note_first_scheduled(schedule)
+        try:
+            handle = self._runner.launch(schedule)
+        except Exception as error:
+            self._fail_step([item.seq for item in schedule.scheduled], error)
+        else:
+            self._in_flight.add(schedule, handle)
+            self._scheduler.advance(schedule)
+
+    def _settle_oldest(self) -> None:
+        step = self._in_flight.oldest
+        try:
+            samples = self._runner.collect(step.handle)
+            assert len(samples) == len(step.schedule.scheduled), "one sample per sequence"
+        except Exception as error:
+            # The steps launched after it build on it; they are collected, too, but for nobody.
+            self._fail_step(self._in_flight.sequences, error)
+            self._in_flight.settle_oldest()
+        else:
+            self._in_flight.settle_oldest()
+            self._update(step, samples)
+
     def _note_first_scheduled(self, schedule: Schedule) -> None:
         for item in schedule.scheduled:
             seq = item.seq
@@ -193,12 +224,13 @@ class Engine:
                 seq.num_cached_tokens = item.start
                 self._num_prompt_tokens += seq.num_prompt_tokens
 
-    def _update(self, schedule: Schedule, samples: list[StepSample]) -> None:
-        self._scheduler.advance(schedule)
+    def _update(self, step: StepInFlight, samples: list[StepSample]) -> None:
         self._num_steps += 1
-        self._num_step_tokens += schedule.num_tokens
-        for item, sample in zip(schedule.scheduled, samples, strict=True):
+        self._num_step_tokens += step.schedule.num_tokens
+        for item, sample in zip(step.schedule.scheduled, samples, strict=True):
             seq = item.seq
+            if seq in step.dropped:
+                continue
             if sample.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(sample.prompt_logprobs)
             if item.samples:
@@ -206,13 +238,13 @@ class Engine:
                 self._append(seq, sample.token_id, sample)
 
     def _append(self, seq: Sequence, token_id: int, sample: StepSample) -> None:
-        is_first = seq.num_output_tokens == 0
+        is_first = len(seq.token_ids) == seq.num_prompt_tokens
         prompt_logprobs = None
         if seq.wants_prompt_logprobs:
             prompt_logprobs = [None, *seq.prompt_logprobs]
             seq.prompt_logprobs.clear()
         reason, stop_token_id = _finish(seq, token_id)
-        seq.token_ids.append(token_id)
+        self._scheduler.settle(seq, token_id)
         self._num_generation_tokens += 1
         assert seq.first_scheduled_time is not None
         output = SequenceOutput(
@@ -230,21 +262,19 @@ class Engine:
         else:
             self._end(seq, output)
 
-    def _fail_step(self, schedule: Schedule, error: Exception) -> None:
-        """What the step would have computed is unknown now, so all its sequences end."""
-        logger.error(
-            "step_failed sequences=%d tokens=%d",
-            len(schedule.scheduled),
-            schedule.num_tokens,
-            exc_info=error,
-        )
+    def _fail_step(self, sequences: list[Sequence], error: Exception) -> None:
+        """What the step would have computed is unknown now: those who build on it end, and nobody
+        new may find it.
+        """
+        logger.error("step_failed sequences=%d", len(sequences), exc_info=error)
         info = ErrorInfo(
             "step_failed",
             f"the model run of this request failed: {type(error).__name__}: {error}",
             EngineError.code,
         )
-        for item in schedule.scheduled:
-            self._fail(item.seq, info)
+        for seq in sequences:
+            self._fail(seq, info)
+        self._blocks.reset_prefix_cache()
 
     def _fail(self, seq: Sequence, error: ErrorInfo) -> None:
         self._end(
@@ -282,7 +312,7 @@ class Engine:
                 waiting_reason=self._scheduler.waiting_reason(seq),
                 digests=list(seq.digests),
                 prompt_tokens=seq.num_prompt_tokens,
-                output_tokens=seq.num_output_tokens,
+                output_tokens=len(seq.token_ids) - seq.num_prompt_tokens,
                 age_s=now - seq.arrival_time,
             )
             for seq in self._sequences.values()
@@ -356,7 +386,9 @@ class Engine:
         live = {id(seq) for seq in (*scheduler.running, *scheduler.waiting)}
         assert live == {id(seq) for seq in self._sequences.values()}, "a live sequence is lost"
         assert live == {id(seq) for seq in self._by_rank.values()}, "ranks"
+        assert len(self._in_flight) <= self._runner.max_in_flight, "too many steps in flight"
         running = Counter(d for seq in scheduler.running for d in seq.digests)
+        running += self._in_flight.held
         assert running == Counter(
             {r.digest: r.running for r in self._slots.residents() if r.running}
         )

@@ -16,6 +16,8 @@ waiting sequences.
   unallocated at admission, against thrashing.
 * A waiting sequence whose adapters are not on the device is passed over and blocks nobody. One
   that lacks blocks blocks all behind it, else a long prompt would wait forever behind short ones.
+
+Steps may be in flight: a token that one of them samples is scheduled to run before it is known.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Protocol
 
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.errors import InvalidRequest, QueueFull
+from loraplex.engine.in_flight import InFlight
 from loraplex.engine.seams import Schedule, ScheduledSequence
 from loraplex.engine.sequence import Sequence, SequenceStatus, WaitingReason
 
@@ -41,18 +44,20 @@ class Residency(Protocol):
     def is_ready(self, digests: Iterable[str]) -> bool: ...
     def waits_for_room(self, digests: Iterable[str]) -> bool: ...
     def acquire(self, digests: Iterable[str]) -> None: ...
-    def release(self, digests: Iterable[str]) -> None: ...
 
 
 class Scheduler:
     """Owns the waiting and running sets. Between `schedule` and `advance` nothing may be added or
     removed.
+
+    in_flight: gives the adapters of sequences back that stop running.
     """
 
     def __init__(
         self,
         blocks: BlockManager,
         slots: Residency,
+        in_flight: InFlight,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -63,6 +68,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._blocks = blocks
         self._slots = slots
+        self._in_flight = in_flight
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_waiting = max_num_waiting
@@ -92,7 +98,9 @@ class Scheduler:
         self._wait(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """It ended, wherever it was: its blocks and adapters are free at once."""
+        """It ended, wherever it was: its blocks are free at once, its adapters when no step in
+        flight uses them.
+        """
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._give_back(seq)
@@ -132,9 +140,18 @@ class Scheduler:
         )
 
     def advance(self, schedule: Schedule) -> None:
-        """The step ran: its tokens are in the KV cache."""
+        """The step was launched: for all that follow, its tokens are in the KV cache and what it
+        samples is there.
+        """
         for item in schedule.scheduled:
             item.seq.num_computed_tokens += item.num_tokens
+            item.seq.num_pending += item.samples
+
+    def settle(self, seq: Sequence, token_id: int) -> None:
+        """The oldest pending token of a running sequence is known."""
+        seq.num_pending -= 1
+        seq.token_ids.append(token_id)
+        self._blocks.publish(seq, seq.num_computed_tokens)
 
     def _schedule_running(self, chosen: list[ScheduledSequence], budget: int) -> tuple[int, bool]:
         """Returns the budget left and whether blocks ran out."""
@@ -158,7 +175,7 @@ class Scheduler:
                 self._preempt(victim)
             else:
                 budget -= self._choose(chosen, seq, num_tokens)
-        assert chosen or not self.running, "running sequences exist, but none can go on"
+        assert chosen or not self.running or self._in_flight, "running sequences cannot go on"
         return budget, lacks_blocks
 
     def _schedule_waiting(self, chosen: list[ScheduledSequence], budget: int) -> int:
@@ -216,11 +233,12 @@ class Scheduler:
 
     def _give_back(self, seq: Sequence) -> None:
         self._blocks.free(seq)
-        self._slots.release(seq.digests)
+        self._in_flight.drop(seq)
+        seq.num_pending = 0
         self._released_seq_ids.append(seq.seq_id)
 
     def check_invariants(self) -> None:
-        """Assert that sets, statuses and blocks agree. For tests and idle time."""
+        """Assert that sets, statuses, blocks and steps in flight agree. For tests and idle time."""
         for name, sequences, status in (
             ("running", self.running, SequenceStatus.RUNNING),
             ("waiting", self.waiting, SequenceStatus.WAITING),
@@ -229,7 +247,9 @@ class Scheduler:
             assert sequences == sorted(sequences, key=_order), f"order of {name}"
         assert len(self.running) <= self._max_num_seqs, "too many run"
         assert not any(seq.block_table for seq in self.waiting), "a waiting sequence holds blocks"
+        assert not any(seq.num_pending for seq in self.waiting), "a waiting sequence has a pending"
         self._blocks.check_invariants(self.running)
+        self._in_flight.check_invariants(self.running)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -67,6 +67,7 @@ class Sequence:
     num_pending: int = 0  # at most one per step in flight; none unless a runner has steps in flight
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     block_table: list[int] = field(default_factory=list)
+    num_published_blocks: int = 0  # leading ones of `block_table`, shared or offered for sharing
     block_hashes: list[bytes] = field(default_factory=list)  # prefix_hash.py's memo
     composition: tuple[tuple[str, float], ...] = field(init=False)  # `adapters`, sortable
     digests: tuple[str, ...] = field(init=False)  # of `adapters`

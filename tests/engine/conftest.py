@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -26,6 +28,15 @@ from loraplex.engine.sampling import Sampler
 from loraplex.engine.seams import Schedule, ScheduledSequence, StepSample
 from loraplex.engine.sequence import Sequence
 from loraplex.kernels.select import select_ops
+
+# `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
+for _name in ("engine_fakes", "sampling_cases"):
+    if _name not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
+        assert _spec is not None
+        assert _spec.loader is not None
+        sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_name])
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16  # the native kernels' tile

@@ -1,21 +1,14 @@
 """The engine's loop with a fake model: whatever happens, every request gets the right tokens and
 one end.
-
-The fake runner keeps a KV memory of its own. It writes what each scheduled token is (token,
-position, composition), reads back the whole context of each sequence through its block table, and
-derives the next token from what it *read*. So a block shared by mistake, lost or overwritten
-shows as a wrong token.
 """
 
 from __future__ import annotations
 
-import zlib
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from engine_fakes import EOS, MODEL, Bench, next_token
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,263 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from loraplex.adapters.errors import AdapterNotFound
-from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
-from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
-from loraplex.engine.api import AdapterUse, FinishReason, GenerationRequest, SamplingParams
-from loraplex.engine.block_manager import BlockManager
-from loraplex.engine.config import EngineConfig
-from loraplex.engine.engine import Engine
+from loraplex.engine.api import FinishReason
 from loraplex.engine.errors import AdapterUnavailable, InvalidRequest, QueueFull
-from loraplex.engine.seams import Schedule, StepSample
-
-VOCAB = 50
-EOS = 49
-BLOCK = 4
-SIZES = {"a": 10, "b": 10, "c": 20, "d": 40, "huge": 1000}  # device bytes
-DEVICE_BYTES = 40
-
-
-def next_token(tokens: list[int], adapters: tuple[AdapterUse, ...]) -> int:
-    """What the fake model says after these tokens. Never eos, so lengths are the test's choice."""
-    uses = sorted((use.digest, use.weight) for use in adapters if use.weight)
-    return zlib.crc32(repr((tokens, uses)).encode()) % EOS
-
-
-class FakeRunner:
-    max_in_flight = 0
-
-    def __init__(self, num_blocks: int) -> None:
-        self.kv: list[Any] = [None] * (num_blocks * BLOCK)
-        self.fail_next = False
-        self.batches: list[Schedule] = []
-
-    def launch(self, schedule: Schedule) -> Schedule:
-        self.batches.append(schedule)
-        if self.fail_next:
-            self.fail_next = False
-            raise RuntimeError("device on fire")
-        written: set[int] = set()
-        for item in schedule.scheduled:
-            seq = item.seq
-            for position in range(item.start, item.start + item.num_tokens):
-                slot = self._slot(seq.block_table, position)
-                assert slot not in written, "two tokens write one slot"
-                written.add(slot)
-                self.kv[slot] = (seq.token_ids[position], position, seq.composition)
-        return schedule
-
-    def collect(self, handle: Schedule) -> list[StepSample]:
-        return [
-            StepSample(
-                self._sample(item.seq) if item.samples else None,
-                prompt_logprobs=self._prompt_logprobs(item),
-            )
-            for item in handle.scheduled
-        ]
-
-    def _sample(self, seq: Any) -> int:
-        read = [self.kv[self._slot(seq.block_table, i)] for i in range(seq.num_tokens)]
-        assert [position for _, position, _ in read] == list(range(len(read)))
-        assert {composition for _, _, composition in read} == {seq.composition}
-        return next_token([token for token, _, _ in read], seq.adapters)
-
-    def _prompt_logprobs(self, item: Any) -> list[api.TokenLogprobs] | None:
-        tokens = item.seq.token_ids
-        first = item.start + 1
-        entries = [
-            api.TokenLogprobs(tokens[i], 0.0, 1, [], [])
-            for i in range(first, first + item.num_prompt_logprobs)
-        ]
-        return entries or None
-
-    @staticmethod
-    def _slot(table: list[int], position: int) -> int:
-        return table[position // BLOCK] * BLOCK + position % BLOCK
-
-
-class FakeLoader:
-    """Ends loads when told to, or at once."""
-
-    def __init__(self, *, at_once: bool) -> None:
-        self.at_once = at_once
-        self.under_way: list[tuple[str, Stage]] = []
-        self._done: list[LoadDone] = []
-
-    def describe(self, digest: str) -> AdapterSize:
-        if digest not in SIZES:
-            raise AdapterNotFound(f"no adapter {digest} in the store")
-        return AdapterSize(16, 1, SIZES[digest], SIZES[digest])
-
-    def begin_host_load(self, digest: str) -> None:
-        self._begin(digest, Stage.HOST)
-
-    def begin_device_load(self, digest: str) -> None:
-        self._begin(digest, Stage.DEVICE)
-
-    def _begin(self, digest: str, stage: Stage) -> None:
-        self.under_way.append((digest, stage))
-        if self.at_once:
-            self.finish(0)
-
-    def finish(self, index: int, *, ok: bool = True) -> None:
-        digest, stage = self.under_way.pop(index)
-        self._done.append(LoadDone(digest, stage, ok, 0.1, "" if ok else "disk on fire"))
-
-    def succeed_from_now_on(self) -> None:
-        self.at_once = True
-        while self.under_way:
-            self.finish(0)
-
-    def drop_device(self, digest: str) -> int:
-        return SIZES[digest]
-
-    def drop_host(self, digest: str) -> int:
-        return SIZES[digest]
-
-    def poll(self) -> list[LoadDone]:
-        done, self._done = self._done, []
-        return done
-
-
-MODEL = api.ModelInfo(
-    name="fake", architecture="Fake", dtype="float32", device="cpu", backend="torch",
-    vocab_size=VOCAB, max_model_len=64, num_layers=1, eos_token_ids=[EOS], bos_token_id=None,
-    tokenizer_json="", chat_template=None, special_tokens={}, generation_defaults={}, modules=[],
-    num_parameters=1,
-)  # fmt: skip
-MEMORY = api.MemoryInfo(
-    weights_bytes=1, kv_cache_bytes=1, kv_block_bytes=1, kv_blocks_total=0, kv_blocks_used=0,
-    kv_blocks_cached=0, block_size=0, adapter_bytes_total=0, adapter_bytes_used=0,
-    adapter_page_bytes=1, host_adapter_bytes_total=0, host_adapter_bytes_used=0,
-    workspace_bytes=0, device_bytes_total=9, device_bytes_free=8,
-)  # fmt: skip
-
-
-class Bench:
-    """An engine of fakes with a clock driven by hand; every output is collected and checked."""
-
-    def __init__(
-        self,
-        *,
-        num_blocks: int = 64,
-        max_num_seqs: int = 8,
-        max_num_batched_tokens: int = 32,
-        max_num_waiting: int = 100,
-        at_once: bool = True,
-        host_bytes: int = 60,
-        prefix_cache: bool = True,
-    ) -> None:
-        self.now = 0.0
-        self.runner = FakeRunner(num_blocks)
-        self.loader = FakeLoader(at_once=at_once)
-        self.slots = AdapterSlots(
-            self.loader,
-            device_bytes_total=DEVICE_BYTES,
-            host_bytes_total=host_bytes,
-            clock=lambda: self.now,
-        )
-        self.blocks = BlockManager(num_blocks, BLOCK, enable_prefix_cache=prefix_cache)
-        self.answers: dict[int, api.Answer] = {}
-        self.events: list[api.AdapterEvent] = []
-        self.engine = Engine(
-            EngineConfig(
-                model="fake",
-                adapter_dir=Path("unused"),
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_num_waiting=max_num_waiting,
-            ),
-            MODEL,
-            self.runner,
-            self.slots,
-            self.blocks,
-            lambda: MEMORY,
-            on_news=self._hear,
-            clock=lambda: self.now,
-        )
-        self.requests: dict[str, GenerationRequest] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, api.SequenceOutput] = {}
-        self.firsts: dict[str, api.SequenceOutput] = {}
-
-    def _hear(self, news: api.Answer | api.AdapterEvent) -> None:
-        if isinstance(news, api.AdapterEvent):
-            self.events.append(news)
-        else:
-            assert news.call_id not in self.answers, "two answers to one call"
-            self.answers[news.call_id] = news
-
-    def add(
-        self,
-        prompt: list[int],
-        adapters: dict[str, float] | None = None,
-        *,
-        priority: int = 0,
-        salt: str = "",
-        **sampling: Any,
-    ) -> str:
-        request = GenerationRequest(
-            request_id=f"r{len(self.requests)}",
-            prompt_token_ids=prompt,
-            sampling=SamplingParams(**{"max_tokens": 4, **sampling}),
-            adapters=tuple(AdapterUse(d, w) for d, w in (adapters or {}).items()),
-            priority=priority,
-            cache_salt=salt,
-        )
-        self.engine.add(request)
-        self.requests[request.request_id] = request
-        self.tokens[request.request_id] = []
-        return request.request_id
-
-    def step(self) -> None:
-        self.now += 0.125
-        for output in self.engine.step():
-            name = output.request_id
-            assert name not in self.ends, "news after the end"
-            if output.token_ids and not self.tokens[name]:
-                self.firsts[name] = output
-            self.tokens[name] += output.token_ids
-            if output.finish_reason is not None:
-                self.ends[name] = output
-                assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
-        self.engine.check_invariants()
-
-    def run(self, limit: int = 500) -> None:
-        for _ in range(limit):
-            if not self.engine.has_work():
-                return
-            self.step()
-        raise AssertionError(f"not done after {limit} steps")
-
-    def call(self, method: str, **fields: Any) -> int:
-        call_id = 1000 + len(self.answers) * 7
-        self.engine.call(api.Call(call_id, method, **fields))
-        return call_id
-
-    def result(self, call_id: int, kind: type[Any]) -> Any:
-        answer = self.answers[call_id]
-        assert answer.error is None, answer.error
-        return msgspec.msgpack.decode(answer.result, type=kind)
-
-    def check_tokens(self, name: str) -> None:
-        request = self.requests[name]
-        tokens = list(request.prompt_token_ids)
-        for got in self.tokens[name]:
-            assert got == next_token(tokens, request.adapters)
-            tokens.append(got)
-
-    def check_over(self) -> None:
-        """Every request has ended once, and nothing is held any more."""
-        assert self.ends.keys() == self.requests.keys()
-        for name, end in self.ends.items():
-            self.check_tokens(name)
-            if end.finish_reason is FinishReason.LENGTH:
-                assert len(self.tokens[name]) == self.requests[name].sampling.max_tokens
-        assert self.blocks.num_used_blocks == 0
-        assert all(r.running == 0 and not r.wants for r in self.slots.residents())
-
 
 # --- requests -----------------------------------------------------------------------------------
 
@@ -410,9 +149,9 @@ def test_stop_reasons() -> None:
 
 
 @pytest.mark.parametrize(("ignore", "count"), [(False, 1), (True, 4)])
-def test_eos_ends_unless_ignored(ignore: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_ends_unless_ignored(ignore: bool, count: int) -> None:
     bench = Bench()
-    monkeypatch.setattr(bench.runner, "_sample", lambda seq: EOS)
+    bench.runner.model = lambda tokens, adapters: EOS
     name = bench.add([1, 2], ignore_eos=ignore)
     bench.run()
     assert bench.tokens[name] == [EOS] * count
@@ -724,7 +463,11 @@ def test_idle_wait_ends_by_wake_and_does_not_wait_after_a_real_step() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Few blocks, little adapter room, slow and failing loads, cancels, orders, failing steps."""
+    """Few blocks, little adapter room, slow and failing loads, stops, cancels, orders, failing
+    steps.
+    """
+
+    max_in_flight = 0
 
     @initialize(
         num_blocks=st.integers(6, 20),
@@ -735,13 +478,13 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def build(self, extra_tokens: int, max_num_seqs: int, **options: Any) -> None:
         self.bench = Bench(
+            max_in_flight=self.max_in_flight,
             at_once=False,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + extra_tokens,
             **options,
         )
         self.calls: list[int] = []
-        self.num_failed_steps = 0
 
     @rule(
         stem=st.sampled_from([0, 1]),
@@ -752,11 +495,26 @@ class EngineMachine(RuleBasedStateMachine):
         ),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
+        stop_token_ids=st.sampled_from([(), (), tuple(range(0, EOS, 4))]),
+        min_tokens=st.sampled_from([0, 0, 1, 3]),
     )
-    def add(self, stem: int, length: int, **rest: Any) -> None:
+    def add(self, stem: int, length: int, max_tokens: int, min_tokens: int, **rest: Any) -> None:
         prompt = [stem, *range(length - 1)]  # so that prefixes are shared often
+        rest |= {"max_tokens": max_tokens, "min_tokens": min(min_tokens, max_tokens)}
         with suppress(AdapterUnavailable):  # failed lately, deleted or pinned out
             self.bench.add(prompt, **rest)
+
+    @rule(data=st.data(), max_tokens=st.integers(1, 9))
+    @precondition(lambda self: self.bench.requests)
+    def follow_up(self, data: st.DataObject, max_tokens: int) -> None:
+        """The next turn of a conversation, which finds what the last one computed."""
+        bench = self.bench
+        request = bench.requests[data.draw(st.sampled_from(sorted(bench.requests)))]
+        prompt = [*request.prompt_token_ids, *bench.tokens[request.request_id], 1]
+        if len(prompt) + max_tokens <= bench.max_model_len:
+            with suppress(AdapterUnavailable):
+                uses = {use.digest: use.weight for use in request.adapters}
+                bench.add(prompt, uses, max_tokens=max_tokens)
 
     @rule()
     def step(self) -> None:
@@ -774,11 +532,12 @@ class EngineMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.bench.loader.under_way) - 1))
         self.bench.loader.finish(index, ok=ok)
 
-    @rule()
-    def step_fails(self) -> None:
-        self.bench.runner.fail_next = True
+    @rule(at_launch=st.booleans())
+    def step_fails(self, at_launch: bool) -> None:
+        runner = self.bench.runner
+        runner.fail_next, runner.fail_next_run = at_launch, not at_launch
         self.bench.step()
-        self.bench.runner.fail_next = False
+        runner.fail_next = runner.fail_next_run = False
 
     @rule(
         method=st.sampled_from(["load", "pin", "unpin", "evict", "forget", "reset_prefix_cache"]),
@@ -813,9 +572,22 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.calls) <= bench.answers.keys()
 
 
-def test_anything_in_any_order_ends_right() -> None:
+class OverlappedMachine(EngineMachine):
+    """A step is launched before the one before it is collected."""
+
+    max_in_flight = 1
+
+
+class DeepMachine(EngineMachine):
+    """No runner has this depth; but nothing in the engine counts on one."""
+
+    max_in_flight = 2
+
+
+@pytest.mark.parametrize("machine", [EngineMachine, OverlappedMachine, DeepMachine])
+def test_anything_in_any_order_ends_right(machine: type[EngineMachine]) -> None:
     run_state_machine_as_test(
-        EngineMachine,
+        machine,
         settings=settings(
             max_examples=120,
             stateful_step_count=50,

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.errors import InvalidRequest, QueueFull
+from loraplex.engine.in_flight import InFlight
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.seams import Schedule
 from loraplex.engine.sequence import Sequence, WaitingReason
@@ -64,6 +65,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.blocks,
             self.slots,
+            InFlight(self.slots.release),
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             max_num_waiting=waiting,
@@ -99,7 +101,7 @@ class Bench:
         self.scheduler.advance(schedule)
         for item in schedule.scheduled:
             if item.samples:
-                item.seq.token_ids.append(0)
+                self.scheduler.settle(item.seq, 0)
         return schedule
 
     def shares(self) -> dict[int, int]:
