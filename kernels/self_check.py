@@ -53,7 +53,7 @@ def _layer(ops: Ops, dtype: torch.dtype) -> list[Tensor]:
     )
     kv = ops.kv_cache(1, 8, 16, KV_HEADS, DIM, dtype, torch.device("cpu"))
     x, residual = rand(ROWS, HIDDEN), rand(ROWS, HIDDEN)
-    norm, angles = rand(HIDDEN), torch.rand(ROWS, DIM, generator=generator)
+    norm, angles = rand(HIDDEN), torch.rand(ROWS, DIM // 2, generator=generator).repeat(1, 2)
     out = [ops.rms_norm(x, norm, 1e-6)]
     qkv = rand(ROWS, (HEADS + 2 * KV_HEADS) * DIM)
     t = ops.lora_shrink(x, lora, 0, QKV)

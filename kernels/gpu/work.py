@@ -89,9 +89,12 @@ def plan_rows(runs: Iterable[Run], num_rows: int, *, small_only: bool = False) -
     return RowPlan(small_tiles, norm_tiles, large_tiles, small_entries, large_entries)
 
 
-def lora_work(lora: LoraBatch | None, num_rows: int, device: torch.device) -> LoraWork:
+def lora_work(
+    lora: LoraBatch | None, num_rows: int, device: torch.device, *, small_only: bool = False
+) -> LoraWork:
     """The work of a step that nobody prepared: tiles cut and copied now."""
-    plan = plan_rows([] if lora is None else lora.host_tiles, num_rows)
+    runs = [] if lora is None else lora.host_tiles
+    plan = plan_rows(runs, num_rows, small_only=small_only)
 
     def on_device(tiles: Tiles) -> TileList | None:
         if not len(tiles):

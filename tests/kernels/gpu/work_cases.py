@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.gpu.shrink import Shrunk
-from loraplex.kernels.gpu.work import LoraWork, TileList, lora_work, plan_rows
+from loraplex.kernels.gpu.work import LoraWork, TileList, lora_work
 from loraplex.kernels.ops import PAGE_RANKS, LoraBatch, Module
 
 CPU = torch.device("cpu")
@@ -26,23 +26,7 @@ def padded(tiles: TileList | None, extra: int = 3) -> TileList | None:
 def make_work(
     lora: LoraBatch | None, num_rows: int, *, small_only: bool = False, padding: int = 0
 ) -> LoraWork:
-    work = lora_work(lora, num_rows, CPU)
-    if small_only:
-        plan = plan_rows([] if lora is None else lora.host_tiles, num_rows, small_only=True)
-
-        def tiles(host: object) -> TileList:
-            on_device = torch.from_numpy(host)  # type: ignore[arg-type]
-            count = torch.tensor([len(on_device)], dtype=torch.int32)
-            return TileList(on_device, count, len(on_device))
-
-        work = replace(
-            work,
-            small=tiles(plan.small) if len(plan.small) else None,
-            norm=tiles(plan.norm) if len(plan.norm) else None,
-            large=None,
-            small_entries=plan.small_entries,
-            large_entries=0,
-        )
+    work = lora_work(lora, num_rows, CPU, small_only=small_only)
     if not padding:
         return work
     return replace(
