@@ -19,6 +19,7 @@ from loraplex.kernels.gpu.online_softmax import (
     accumulate,
     load_blocks,
     load_pages,
+    page_offsets,
     score_units,
     scores,
 )
@@ -67,20 +68,25 @@ def decode_attention_kernel(
     queries = tl.load(q + group * HEAD_DIM + in_group, mask=used, other=0.0)
 
     table = block_tables + seq.to(tl.int64) * table_stride
-    tokens = begin + tl.arange(0, BN)
-    blocks = load_blocks(table, tokens, end, BLOCK_SIZE)
+    n = tl.arange(0, BN)
+    fixed = page_offsets(head, n, d, HEAD_DIM, BLOCK_SIZE)
+    blocks = load_blocks(table, begin, end, n, BLOCK_SIZE)
     m = tl.full([ROWS], NOTHING_SEEN, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for _ in range(begin, end, BN):
-        k = load_pages(keys, blocks, head, tokens, end, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE)
-        v = load_pages(values, blocks, head, tokens, end, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE)
+    for start in range(begin, end, BN):
+        k = load_pages(
+            keys, fixed, blocks, start, end, n, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )  # fmt: skip
+        v = load_pages(
+            values, fixed, blocks, start, end, n, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )  # fmt: skip
+        tokens = start + n
         visible = (tokens < end) & (tokens >= context - window)
         s = tl.where(visible[None, :], scores(queries, k, gain, SOFT_CAP), float("-inf"))
         m, total, acc = accumulate(s, v, unit, m, total, acc)
         # Carried, not loaded where it is used: so keys are requested stages ahead, not addresses.
-        tokens += BN
-        blocks = load_blocks(table, tokens, end, BLOCK_SIZE)
+        blocks = load_blocks(table, start + BN, end, n, BLOCK_SIZE)
 
     target = out + group * HEAD_DIM + in_group
     num_active = tl.cdiv(context - first, length)

@@ -35,25 +35,39 @@ def score_units(scale: float, softcap: float | None) -> tuple[float, float]:
 
 
 @triton.jit
-def load_blocks(table, tokens, end, BLOCK_SIZE: tl.constexpr):
-    """The block of each token before `end`, 0 past it. tokens: `[BN]` -> `[BN]` int32."""
-    return tl.load(table + tokens // BLOCK_SIZE, mask=tokens < end, other=0)
+def load_blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr):
+    """The blocks of tokens `start + n`, `[BN]` int32; 0 for those from `end` on.
+
+    n: `arange(0, BN)`; start: a multiple of BN. Both sizes being powers of two, a token's block and
+    its place there are sums of a part that moves with `start`, the same for all, and a fixed one.
+    """
+    at = start // BLOCK_SIZE + n // BLOCK_SIZE
+    return tl.load(table + at, mask=n < end - start, other=0)
+
+
+@triton.jit
+def page_offsets(
+    head, n, d, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """The fixed part of one head's element offsets, `[BN, DIM]`."""
+    return ((head * BLOCK_SIZE + n % BLOCK_SIZE) * HEAD_DIM)[:, None] + d[None, :]
 
 
 @triton.jit
 def load_pages(
-    pages, blocks, head, tokens, end, d,
+    pages, fixed, blocks, start, end, n, d,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One head of the tokens' keys or values, `[BN, DIM]`; zero from `end` on.
+    """Keys or values of tokens `start + n`, `[BN, DIM]`; zero from `end` on.
 
     The mask matters: what lies behind a context is another request's rubbish, and 0 * NaN is NaN.
     """
-    row = (blocks.to(tl.int64) * NUM_KV_HEADS + head) * BLOCK_SIZE + tokens % BLOCK_SIZE
-    mask = (tokens < end)[:, None]
+    moving = blocks.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+    moving += start % BLOCK_SIZE * HEAD_DIM
+    mask = (n < end - start)[:, None]
     if d.shape[0] != HEAD_DIM:
         mask = mask & (d < HEAD_DIM)[None, :]
-    return tl.load(pages + row[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    return tl.load(pages + fixed + moving[:, None], mask=mask, other=0.0)
 
 
 @triton.jit

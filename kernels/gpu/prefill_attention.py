@@ -22,6 +22,7 @@ from loraplex.kernels.gpu.online_softmax import (
     accumulate,
     load_blocks,
     load_pages,
+    page_offsets,
     score_units,
     scores,
 )
@@ -75,22 +76,27 @@ def prefill_attention_kernel(
 
     table = block_tables + seq.to(tl.int64) * table_stride
     begin = tl.maximum(low - window + 1, 0) // BN * BN
-    tokens = begin + tl.arange(0, BN)
-    blocks = load_blocks(table, tokens, end, BLOCK_SIZE)
+    n = tl.arange(0, BN)
+    fixed = page_offsets(head, n, d, HEAD_DIM, BLOCK_SIZE)
+    blocks = load_blocks(table, begin, end, n, BLOCK_SIZE)
     m = tl.full([ROWS], NOTHING_SEEN, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(begin, end, BN):
-        k = load_pages(keys, blocks, head, tokens, end, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE)
-        v = load_pages(values, blocks, head, tokens, end, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE)
+        k = load_pages(
+            keys, fixed, blocks, start, end, n, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )  # fmt: skip
+        v = load_pages(
+            values, fixed, blocks, start, end, n, d, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )  # fmt: skip
         s = scores(queries, k, gain, SOFT_CAP)
         if (start + BN > position + 1) | (start < end - window):
+            tokens = start + n
             seen = (tokens[None, :] <= at[:, None]) & (tokens[None, :] > at[:, None] - window)
             s = tl.where(seen, s, float("-inf"))
         m, total, acc = accumulate(s, v, unit, m, total, acc)
         # Carried, not loaded where it is used: so keys are requested stages ahead, not addresses.
-        tokens += BN
-        blocks = load_blocks(table, tokens, end, BLOCK_SIZE)
+        blocks = load_blocks(table, start + BN, end, n, BLOCK_SIZE)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=used)
@@ -106,16 +112,19 @@ class PrefillConfig:
 def prefill_config(rows: int, dim: int, dtype: torch.dtype) -> PrefillConfig:
     """rows: of a tile; dim: head dimension rounded up to a power of two.
 
-    One warp group per 64 rows keeps accumulator and scores in registers. Smaller heads leave room
-    for longer key blocks, which spread the softmax's reductions over more work; head_dim 256 does
-    not. (PyTorch's FlexAttention measured the same shapes best on H100.)
+    One warp group per 64 rows, so that scores and accumulator stay in registers and a row's maximum
+    needs no shared memory. Three stages: two blocks on their way while one is computed with. Keys
+    per step are what leaves no register spilled on sm_90 and sm_80; up to head_dim 64 two programs
+    share a Hopper multiprocessor, and one's softmax runs beside the other's products.
     """
     if dtype.itemsize == 4:  # no tensor cores: only tests run this
         return PrefillConfig(block_n=32, num_warps=4, num_stages=2)
-    warps = 4 if rows <= NARROW_ROWS else 8
-    if dim > 128:
-        return PrefillConfig(block_n=32, num_warps=warps, num_stages=3)
-    return PrefillConfig(block_n=64 if dim > 64 else 128, num_warps=warps, num_stages=3)
+    wide = rows > NARROW_ROWS
+    return PrefillConfig(
+        block_n=64 if wide or dim <= 64 else 32,
+        num_warps=8 if wide or dim > 128 else 4,
+        num_stages=3,
+    )
 
 
 def prefill_attention(
