@@ -23,8 +23,7 @@ from loraplex.kernels.ops import AttentionBatch
 
 TILE_FIELDS = 4  # first row, query tokens, position of the first, sequence
 SPLIT_TOKENS = 128  # a split reads at least so many tokens: less does not pay for merging it
-MAX_SPLITS = 128
-PROGRAMS_PER_SM = 3  # decode programs that fit one multiprocessor at a time
+MAX_SPLITS = 64
 WIDE_ROWS = 128  # (query, head) rows of a tile: two warp groups of wgmma
 NARROW_ROWS = 64  # one
 
@@ -124,15 +123,16 @@ def max_prefill_tiles(num_tokens: int, num_seqs: int, queries: int) -> int:
 def num_splits(num_seqs: int, num_kv_heads: int, max_context: int, num_sms: int) -> int:
     """Programs that share the keys of one (sequence, kv head).
 
-    Few sequences: as many as fill the device once, all starting together. Many: two rounds or
-    more, so that the last ones, or a few long sequences, do not run alone for long. The kernel
-    itself uses fewer where a context is short.
+    Few pairs: as many splits as make two programs per multiprocessor, which hide each other's
+    latency, all starting together. Many: six, where three fit at a time, so that the last ones, or
+    a few long sequences, do not run alone for long. The kernel itself uses fewer for a short
+    context.
     """
-    programs = num_seqs * num_kv_heads
-    if programs == 0 or programs > SPLIT_COUNTERS:
+    pairs = num_seqs * num_kv_heads
+    if pairs == 0 or pairs > SPLIT_COUNTERS:
         return 1
-    resident = PROGRAMS_PER_SM * num_sms
-    wanted = resident // programs if 2 * programs <= resident else -(-2 * resident // programs)
+    at_once = 2 * num_sms
+    wanted = at_once // pairs if 2 * pairs <= at_once else -(-3 * at_once // pairs)
     return max(1, min(wanted, -(-max_context // SPLIT_TOKENS), MAX_SPLITS))
 
 

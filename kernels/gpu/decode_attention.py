@@ -24,7 +24,7 @@ from loraplex.kernels.gpu.online_softmax import (
     scores,
 )
 
-_MERGED_AT_ONCE = tl.constexpr(4)  # splits whose partial results are in flight together
+_MERGED_AT_ONCE = tl.constexpr(8)  # splits whose partial results are in flight together
 _SPLIT_TOKENS = tl.constexpr(SPLIT_TOKENS)
 
 

@@ -85,11 +85,13 @@ def test_tile_queries(
 @pytest.mark.parametrize(
     ("num_seqs", "num_kv_heads", "max_context", "splits"),
     [
-        (1, 8, 1 << 17, 49),  # one round of 3 programs per multiprocessor
+        (1, 8, 1 << 17, 33),  # two programs per multiprocessor
         (1, 8, 1024, 8),  # no split shorter than 128 tokens
         (1, 1, 1 << 17, MAX_SPLITS),
-        (8, 8, 8192, 6),
-        (64, 8, 8192, 2),  # more than two rounds of programs
+        (8, 8, 8192, 4),
+        (16, 8, 8192, 2),
+        (17, 8, 8192, 6),  # two rounds of three
+        (64, 8, 8192, 2),
         (256, 8, 8192, 1),
         (SPLIT_COUNTERS, 2, 8192, 1),
         (0, 8, 0, 1),

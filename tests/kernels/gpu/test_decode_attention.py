@@ -57,7 +57,7 @@ def test_splits(num_splits: int) -> None:
 
 
 def test_more_splits_than_are_merged_at_once() -> None:
-    decode(Case(num_blocks=64, num_kv_heads=1), (760,), num_splits=6)
+    decode(Case(num_blocks=90, num_kv_heads=1), (1300,), num_splits=11)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
