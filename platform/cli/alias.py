@@ -26,7 +26,10 @@ app = typer.Typer(
 )
 
 AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="The adapter's id.")]
-AliasName = Annotated[str, typer.Argument(metavar="ALIAS", help="Such as prod; `default` is what the bare id means.")]
+AliasName = Annotated[
+    str,
+    typer.Argument(metavar="ALIAS", help="Such as prod; `default` is what the bare id means."),
+]
 
 
 @app.command("set")
