@@ -169,7 +169,9 @@ async def _engine_error(request: Request, error: Exception) -> Response:
         re.match(r"([a-z_]+)(=|:)", error.message) if isinstance(error, InvalidRequest) else None
     )
     param = named[1] if named else None
-    return _respond(errors.status_of(error), error.code, error.message, param=param)
+    answer = _respond(errors.status_of(error), error.code, error.message, param=param)
+    answer.headers.update(getattr(request.state, "adapter_headers", {}))
+    return answer
 
 
 async def _adapter_error(request: Request, error: Exception) -> Response:

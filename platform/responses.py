@@ -40,6 +40,8 @@ class GenerationResponse(Response):
             outcome = await _unless_disconnected(receive, run(send)) or "abort"
         except EngineError:
             outcome = "error"
+            # The error's own response says as well which weights it was about.
+            scope.setdefault("state", {})["adapter_headers"] = self._prepared.composition.headers()
             raise
         finally:
             self._on_end(self._prepared, outcome)

@@ -298,6 +298,18 @@ async def test_what_the_engine_refuses(
         assert again.status_code == 200
 
 
+async def test_a_refusal_names_the_version_it_is_about(server: Any) -> None:
+    """Of a canary above all: which of the two cannot be loaded?"""
+    made = await server.upload("sql")
+    for stream in (False, True):
+        server.engine.refuse = AdapterUnavailable("it is broken", code="adapter_load_failed")
+        body = {"prompt": "x", "model": "sql", "stream": stream}
+        answer = await server.http.post("/v1/completions", json=body)
+        check(answer, 503, "adapter_load_failed")
+        assert answer.headers["x-adapter-version"] == "sql@1"
+        assert answer.headers["x-adapter-digest"] == made["digest"]
+
+
 async def test_a_field_that_the_engine_refuses_is_named(server: Any) -> None:
     server.engine.refuse = InvalidRequest("min_tokens=5: must not exceed max_tokens=3")
     answer = await server.http.post("/v1/completions", json={"prompt": "x"})
