@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex.engine.gpu.events import mark, wait
+
 
 def send(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """A copy of `array` on the device, in the order of its current stream."""
@@ -29,14 +31,11 @@ class Arrival:
         self._hosts = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in tensors]
         for host, tensor in zip(self._hosts, tensors, strict=True):
             host.copy_(tensor, non_blocking=True)
-        self._over = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-        if self._over is not None:
-            self._over.record()
+        self._over = mark(tensors[0].device)
 
     def wait(self) -> list[np.ndarray[Any, Any]]:
         """The arrays, once all of them have come."""
-        if self._over is not None:
-            self._over.synchronize()
+        wait(self._over)
         return [host.numpy() for host in self._hosts]
 
 

@@ -40,6 +40,8 @@ from loraplex.kernels.gpu.sample_uniform import load_seed, uniform
 
 TILE_GROUPS = 64  # groups of a pass's tile: 4096 tokens
 NUM_WARPS = 8
+# Low bits of a logit's fp32 form that say nothing, so that bisecting may skip them.
+_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 # A draw leaves a uniform share of the mass above the last, so even a nucleus of one token of 128k
 # is found in 12 attempts on average; past 64 (chance below 1e-25) the draw stands.
 _MAX_ATTEMPTS = tl.constexpr(64)
@@ -82,6 +84,7 @@ def draw(
         NUM_GROUPS=found.num_groups,
         PADDED=found.padded_groups,
         TILE=min(TILE_GROUPS, found.padded_groups),
+        SPARE=_SPARE_BITS[rows.logits.dtype] if rows.edited is None else 0,
         num_warps=NUM_WARPS,
     )
 
@@ -91,7 +94,7 @@ def _draw_kernel(
     logits, stride, edited, records, positions, peaks, sums, listed,
     token_ids, last_tokens, counts,
     VOCAB: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
     """With w = exp((l - max l) / T), K = {the top_k largest} and u(i) the row's i-th number:
 
@@ -127,11 +130,11 @@ def _draw_kernel(
     if (top_k > 0) | (min_p > 0):
         holds = real
         if top_k > 0:
-            bar = _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS)
+            bar = _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS, SPARE)
             num_listed = _list_groups(real & (top >= bar), group, listed)
             bar = _bar_of_tokens(
                 logits, stride, edited, slot, row, listed, num_listed, bar, peak, top_k,
-                VOCAB, GROUP, TILE,
+                VOCAB, GROUP, TILE, SPARE,
             )  # fmt: skip
             holds = real & (top >= bar)
         else:
@@ -241,36 +244,36 @@ def _invert(
 
 
 @triton.jit
-def _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS: tl.constexpr):
+def _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS: tl.constexpr, SPARE: tl.constexpr):
     """A bar that at least `top_k` groups reach, so at least as many tokens; -inf if there are not
     so many groups. As high as can be.
     """
-    low = _order(tl.full((), LOWEST, tl.float32))
-    high = _order(peak)
+    low = _order(tl.full((), LOWEST, tl.float32), SPARE)
+    high = _order(peak, SPARE)
     if top_k > NUM_GROUPS:
         high = low
     while low < high:
         middle = _between(low, high)
-        count = tl.sum((real & (top >= _value(middle))).to(tl.int32), 0)
+        count = tl.sum((real & (top >= _value(middle, SPARE))).to(tl.int32), 0)
         low = tl.where(count >= top_k, middle, low)
         high = tl.where(count > top_k, high, tl.where(count < top_k, middle - 1, middle))
-    return _value(low)
+    return _value(low, SPARE)
 
 
 @triton.jit
 def _bar_of_tokens(
     logits, stride, edited, slot, row, listed, num_listed, bar, peak, top_k,
-    VOCAB: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    VOCAB: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
     """The bar that `top_k` tokens reach, and those equal to the last of them.
 
     bar: one that at least `top_k` tokens reach, all in listed groups.
     """
-    low = _order(bar)
-    high = _order(peak)
+    low = _order(bar, SPARE)
+    high = _order(peak, SPARE)
     while low < high:
         middle = _between(low, high)
-        pivot = _value(middle)
+        pivot = _value(middle, SPARE)
         count = 0
         for first in range(0, num_listed, TILE):
             _, _, x = _load_listed(
@@ -279,19 +282,22 @@ def _bar_of_tokens(
             count += tl.sum(tl.sum((x >= pivot).to(tl.int32), 1), 0)
         low = tl.where(count >= top_k, middle, low)
         high = tl.where(count > top_k, high, tl.where(count < top_k, middle - 1, middle))
-    return _value(low)
+    return _value(low, SPARE)
 
 
 @triton.jit
-def _order(x):
-    """fp32 -> int32 of the same order; its own inverse on the bits."""
+def _order(x, SPARE: tl.constexpr):
+    """fp32 -> int32 of the same order, without the spare bits."""
     bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SPARE
 
 
 @triton.jit
-def _value(order):
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _value(order, SPARE: tl.constexpr):
+    """The least fp32 of this order; for -inf's, whose spare bits make nans, -inf."""
+    bits = order << SPARE
+    x = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(x == x, x, LOWEST)
 
 
 @triton.jit
