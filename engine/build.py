@@ -1,6 +1,8 @@
 """Puts an engine together from its settings: the only place that knows all the parts.
 
 directory -> config -> memory plan -> weights -> KV cache, page pool -> runner, loader -> Engine
+
+On a GPU the memory plan comes after the weights: it is made from measurements.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from loraplex.engine.model_config import DecoderConfig, read_model_config
 from loraplex.engine.model_info import describe_model
 from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.sampling import Sampler
+from loraplex.engine.seams import Runner
 from loraplex.kernels.ops import KVCache, Ops
 from loraplex.kernels.select import select_ops
 
@@ -52,29 +55,25 @@ def build_engine(
     directory = find_model(config.model)
     model = read_model_config(directory)
     device = _choose_device(config.device)
+    config = config.for_device(device.type)
     dtype = choose_dtype(config.dtype, model.dtype, device)
     on_progress("model", 1, 1)
 
     on_progress("kernels", 0, 1)
     try:
-        ops = select_ops(config.backend, device, dtype)
+        ops = select_ops(config.backend, device, dtype, batch_invariant=config.batch_invariant)
     except ValueError as error:
         raise ModelError(str(error), code="backend_unavailable") from error
     on_progress("kernels", 1, 1)
 
-    memory = device_memory(device)
-    plan = plan_memory(config, model, dtype, device, memory)
-    for purpose, num_bytes in plan.table():
-        logger.info("memory %-22s %10s", purpose, size(num_bytes))
-    info = describe_model(
-        config.model,
-        directory,
-        model,
-        dtype=dtype,
-        device=device,
-        backend=ops.name,
-        max_model_len=plan.max_model_len,
-    )
+    before = device_memory(device)
+    measures = ops.name == "triton" and device.type == "cuda"
+    if measures:
+        from loraplex.engine.gpu.memory_plan import check_weights_fit
+
+        check_weights_fit(config, model, dtype, before)
+    else:
+        plan = plan_memory(config, model, dtype, device, before)
     with Checkpoint(directory) as checkpoint:
         decoder = load_decoder(
             model,
@@ -84,20 +83,28 @@ def build_engine(
             device,
             lambda done, total: on_progress("weights", done, total),
         )
+    if measures:
+        from loraplex.engine.gpu.assembly import measured_plan
+
+        plan = measured_plan(config, model, decoder, dtype, device, before, on_progress)
+    for purpose, num_bytes, reason in plan.table():
+        logger.info("memory %-22s %10s  %s", purpose, size(num_bytes), reason)
+    info = describe_model(
+        config.model,
+        directory,
+        model,
+        dtype=dtype,
+        device=device,
+        backend=ops.name,
+        max_model_len=plan.max_model_len,
+    )
     try:
         pool = PagePool(model.num_layers, model.module_shapes, plan.adapter_bytes, dtype, device)
     except AdapterError as error:
         raise ModelError(error.message, code="adapter_memory_too_small") from error
     kv_cache = _make_kv_cache(config, model, ops, plan, dtype, device)
-    batches = BatchBuilder(
-        pool,
-        config.block_size,
-        config.max_num_seqs,
-        -(-plan.max_model_len // config.block_size),
-        device,
-    )
-    runner = ModelRunner(decoder, kv_cache, batches, Sampler(model.vocab_size, device))
-    loader = AdapterLoader(config.adapter_dir, pool, info.modules)
+    runner = _make_runner(config, decoder, kv_cache, pool, plan, device, on_progress)
+    loader = AdapterLoader(config.adapter_dir, pool, info.modules, plan.host_adapter_bytes)
     slots = AdapterSlots(
         loader,
         device_bytes_total=pool.bytes_total,
@@ -147,6 +154,29 @@ def _make_kv_cache(
         raise ModelError(
             f"no KV cache of {size(plan.kv_cache_bytes)}: {error}", code="kv_cache_unavailable"
         ) from error
+
+
+def _make_runner(
+    config: EngineConfig,
+    decoder: Decoder,
+    kv_cache: KVCache,
+    pool: PagePool,
+    plan: MemoryPlan,
+    device: torch.device,
+    on_progress: OnProgress,
+) -> Runner:
+    if decoder.ops.name == "triton":
+        from loraplex.engine.gpu.assembly import ready_runner
+
+        return ready_runner(config, decoder, kv_cache, pool, plan, device, on_progress)
+    batches = BatchBuilder(
+        pool,
+        config.block_size,
+        config.step_sizes[0],
+        -(-plan.max_model_len // config.block_size),
+        device,
+    )
+    return ModelRunner(decoder, kv_cache, batches, Sampler(decoder.config.vocab_size, device))
 
 
 def _memory_info(

@@ -71,12 +71,13 @@ class Engine:
         self._clock = clock
         self._wake = threading.Event()
         self._in_flight = InFlight(slots.release)
+        max_num_seqs, max_num_batched_tokens = config.step_sizes
         self._scheduler = Scheduler(
             blocks,
             slots,
             self._in_flight,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_num_waiting=config.max_num_waiting,
         )
         self._max_model_len = min(model.max_model_len, blocks.num_blocks * blocks.block_size)

@@ -1,18 +1,20 @@
 """Where the bytes go: weights, KV cache, adapters, workspace. Decided before anything is loaded.
 
 Settings that are given are kept, or refused with the flag that would help; those that are not are
-chosen from what the model needs and the machine has. Arithmetic only: allocates nothing.
+chosen from what the model needs and the machine has. Arithmetic only: allocates nothing. A GPU is
+measured instead, see `engine.gpu.memory_plan`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from loraplex.adapters.pool import frame_elements
+from loraplex.adapters.page_layout import frame_elements
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ModelError
 from loraplex.engine.machine import Memory
@@ -46,33 +48,29 @@ class MemoryPlan:
     host_adapter_bytes: int
     device_bytes_total: int
     device_bytes_free: int  # before loading
+    shares_host: bool = True  # the device's memory is the host's
+    reasons: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of sizes nobody asked for, by purpose
 
     @property
     def kv_cache_bytes(self) -> int:
         return self.num_kv_blocks * self.kv_block_bytes
 
-    def table(self) -> list[tuple[str, int]]:
-        """The start-up table: (purpose, bytes)."""
-        return [
-            ("weights", self.weights_bytes),
-            ("kv cache", self.kv_cache_bytes),
-            ("adapters on the device", self.adapter_bytes),
-            ("adapters on the host", self.host_adapter_bytes),
-            ("workspace", self.workspace_bytes),
-            ("left to others", self.device_bytes_free - self._planned_bytes),
-        ]
-
-    @property
-    def _planned_bytes(self) -> int:
-        return sum(
-            (
-                self.weights_bytes,
-                self.kv_cache_bytes,
-                self.adapter_bytes,
-                self.host_adapter_bytes,
-                self.workspace_bytes,
-            )
-        )
+    def table(self) -> list[tuple[str, int, str]]:
+        """The start-up table: (purpose, bytes, why so many). The sizes of a device add up to what
+        was free.
+        """
+        sizes = {
+            "weights": self.weights_bytes,
+            "kv cache": self.kv_cache_bytes,
+            "adapters on the device": self.adapter_bytes,
+            "adapters on the host": self.host_adapter_bytes,
+            "workspace": self.workspace_bytes,
+        }
+        used = sum(sizes.values()) - (0 if self.shares_host else self.host_adapter_bytes)
+        sizes["left to others"] = self.device_bytes_free - used
+        return [(purpose, size, self.reasons.get(purpose, "")) for purpose, size in sizes.items()]
 
 
 def plan_memory(
@@ -90,7 +88,7 @@ def plan_memory(
         usable = min(usable, int(memory.total * config.gpu_memory_utilization))
     rest = usable - weights - workspace
     block_bytes = kv_block_bytes(model, config.block_size, dtype)
-    page_bytes = model.num_layers * frame_elements(model.module_shapes) * dtype.itemsize
+    page_bytes = adapter_page_bytes(model, dtype)
     if rest < block_bytes:
         raise ModelError(
             f"the model does not fit: {size(weights)} of weights and {size(workspace)} to compute "
@@ -98,9 +96,13 @@ def plan_memory(
             + (" or --dtype bfloat16" if dtype == torch.float32 else ""),
             code="model_too_large",
         )
-    max_model_len, num_blocks = _kv_blocks(
-        config, model, int(rest * KV_SHARE[device.type]), block_bytes, device
-    )
+    share = int(rest * KV_SHARE[device.type]) // block_bytes
+    if device.type != "cuda":
+        longest = config.max_model_len or model.max_position_embeddings
+        typical = math.ceil(min(longest, TYPICAL_TOKENS) / config.block_size)
+        wanted = max(config.step_sizes[0] * typical, math.ceil(longest / config.block_size))
+        share = min(share, wanted)
+    max_model_len, num_blocks = kv_blocks(config, model, share, block_bytes)
     kv_bytes = num_blocks * block_bytes
     adapter_bytes = config.adapter_memory
     if adapter_bytes is None:
@@ -110,11 +112,7 @@ def plan_memory(
     if host_bytes is None:
         host_bytes = min(2 * adapter_bytes, int(rest * HOST_ADAPTER_SHARE))
     if kv_bytes + adapter_bytes > rest:
-        raise ModelError(
-            f"{size(kv_bytes)} of KV cache and {size(adapter_bytes)} of adapters do not fit: "
-            f"{size(rest)} are free beside the model; lower --kv-cache-memory or --adapter-memory",
-            code="memory_exceeded",
-        )
+        raise memory_exceeded(kv_bytes, adapter_bytes, rest)
     return MemoryPlan(
         max_model_len=max_model_len,
         weights_bytes=weights,
@@ -129,14 +127,16 @@ def plan_memory(
     )
 
 
-def _kv_blocks(
+def kv_blocks(
     config: EngineConfig,
     model: DecoderConfig,
-    share: int,
+    num_blocks: int,
     block_bytes: int,
-    device: torch.device,
 ) -> tuple[int, int]:
-    """(max_model_len, number of blocks). A length nobody asked for shrinks to what fits."""
+    """(max_model_len, number of blocks). A length nobody asked for shrinks to what fits.
+
+    num_blocks: unless --kv-cache-memory says otherwise.
+    """
     longest = model.max_position_embeddings
     wanted_len = config.max_model_len
     if wanted_len is not None and wanted_len > longest:
@@ -149,12 +149,6 @@ def _kv_blocks(
     block_size = config.block_size
     if config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // block_bytes
-    elif device.type == "cuda":
-        num_blocks = share // block_bytes
-    else:
-        typical = math.ceil(min(max_model_len, TYPICAL_TOKENS) / block_size)
-        wanted = max(config.max_num_seqs * typical, math.ceil(max_model_len / block_size))
-        num_blocks = min(wanted, share // block_bytes)
     needed = math.ceil(max_model_len / block_size)
     if num_blocks >= needed:
         return max_model_len, num_blocks
@@ -177,6 +171,14 @@ def _kv_blocks(
     return fits, num_blocks
 
 
+def memory_exceeded(kv_bytes: int, adapter_bytes: int, rest: int) -> ModelError:
+    return ModelError(
+        f"{size(kv_bytes)} of KV cache and {size(adapter_bytes)} of adapters do not fit: "
+        f"{size(rest)} are free beside the model; lower --kv-cache-memory or --adapter-memory",
+        code="memory_exceeded",
+    )
+
+
 def weights_bytes(model: DecoderConfig, dtype: torch.dtype) -> int:
     """What the loaded weights take; a tied output head is packed, so it is a copy of its own."""
     elements = sum(math.prod(shape) for shape in model.tensor_shapes().values())
@@ -189,11 +191,17 @@ def kv_block_bytes(model: DecoderConfig, block_size: int, dtype: torch.dtype) ->
     return 2 * model.num_layers * model.kv_size * block_size * dtype.itemsize
 
 
+def adapter_page_bytes(model: DecoderConfig, dtype: torch.dtype) -> int:
+    """16 ranks of an adapter that adapts every module of every layer."""
+    return model.num_layers * frame_elements(model.module_shapes) * dtype.itemsize
+
+
 def _workspace_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:
     """The widest moment of a step, and the sampler's fp32 copies of the logits."""
     widest = 4 * model.hidden_size + 3 * model.intermediate_size + 2 * model.q_size
-    activations = config.max_num_batched_tokens * widest * dtype.itemsize
-    logits = config.max_num_seqs * model.vocab_size * (dtype.itemsize + 3 * 4)
+    max_num_seqs, max_num_tokens = config.step_sizes
+    activations = max_num_tokens * widest * dtype.itemsize
+    logits = max_num_seqs * model.vocab_size * (dtype.itemsize + 3 * 4)
     return activations + logits + RUNTIME_BYTES
 
 

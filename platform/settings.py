@@ -97,15 +97,27 @@ class Settings(BaseSettings):
     backend: Literal["auto", "torch", "native", "triton"] = Field(
         "auto", description="Kernels to use; auto takes the fastest that works here."
     )
+    batch_invariant: bool = Field(
+        False,
+        description="Compute every request bitwise alike, whatever shares its steps; GPU only, "
+        "slower.",
+    )
     num_threads: int | None = Field(
         None, ge=1, description="CPU threads of the engine; default: one per core."
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt plus output, in tokens; default: the model's own."
     )
-    max_num_seqs: int = Field(64, ge=1, description="Sequences that run in one step at most.")
-    max_num_batched_tokens: int = Field(
-        512, ge=1, description="Tokens in one step at most; longer prompts run in chunks."
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences that run in one step at most; default: 64 on a CPU, 256 on a GPU.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens in one step at most, longer prompts run in chunks; "
+        "default: 512 on a CPU, 2048 on a GPU.",
     )
     max_num_waiting: int = Field(
         4096, ge=1, description="Requests that may wait; more are refused with 429."
@@ -206,4 +218,5 @@ class Settings(BaseSettings):
             enable_prefix_cache=self.enable_prefix_cache,
             num_threads=self.num_threads,
             backend=self.backend,
+            batch_invariant=self.batch_invariant,
         )

@@ -7,7 +7,7 @@ for the next step, so nothing here reads from it before `collect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,9 +108,13 @@ class GpuRunner:
             device=device,
         )
 
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """These sequences left the running set."""
+        self._sampler.forget(self.states.release(seq_ids))
+
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> StepHandle:
-        self._sampler.forget(self.states.release(schedule.released_seq_ids))
+        self.forget(schedule.released_seq_ids)
         step = self._steps.build(schedule)
         arrivals = self._pool.arriving({d for s in schedule.scheduled for d in s.seq.digests})
         captured = None if arrivals else self.graphs.find(step)

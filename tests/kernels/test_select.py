@@ -43,6 +43,42 @@ def test_unknown_backend_is_refused() -> None:
         select_ops("cuda-graphs", CPU, torch.float32)
 
 
+def test_triton_is_taken_on_request_where_it_is_interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loraplex.kernels.gpu import launch
+
+    monkeypatch.setattr(launch, "is_interpreted", lambda: True)
+    assert select_ops("triton", CPU, torch.float32).name == "triton"
+    assert select_ops("triton", CPU, torch.float32, batch_invariant=True).name == "triton"
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="run on CUDA devices, not on cpu"):
+        select_ops("triton", CPU, torch.float32)
+
+
+def test_a_gpu_takes_triton_and_an_old_one_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert select_ops("auto", cuda, torch.bfloat16).name == "triton"
+    assert select_ops("torch", cuda, torch.bfloat16).name == "torch"
+    with pytest.raises(ValueError, match="backend='native': compiled for CPUs"):
+        select_ops("native", cuda, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert select_ops("auto", cuda, torch.float16).name == "torch"
+    assert "Tesla T4 has 7.5" in caplog.text
+    with pytest.raises(ValueError, match=r"need compute capability 8\.0"):
+        select_ops("triton", cuda, torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "native"])
+def test_batch_invariance_is_refused_where_nothing_has_it(backend: str) -> None:
+    with pytest.raises(ValueError, match="leave --batch-invariant out"):
+        select_ops(backend, CPU, torch.float32, batch_invariant=True)
+
+
 def test_without_a_compiler_torch_computes_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -91,6 +91,7 @@ def test_the_engine_config_takes_every_setting_of_its_name(tmp_path: Path) -> No
         "device": "cpu",
         "dtype": "float32",
         "backend": "torch",
+        "batch_invariant": True,
         "num_threads": 3,
         "max_model_len": 1000,
         "max_num_seqs": 7,

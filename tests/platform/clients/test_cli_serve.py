@@ -62,7 +62,7 @@ def test_flag_over_environment_over_default(
     assert cli("serve", "--max-num-seqs", 9).exit_code == 0
     (settings,) = started
     assert (settings.model, settings.max_num_seqs, settings.block_size) == ("from-env", 9, 32)
-    assert settings.max_num_batched_tokens == 512
+    assert settings.max_num_waiting == 4096
 
 
 def test_the_address_of_the_client_is_no_wrong_setting_of_the_server(
@@ -80,7 +80,10 @@ def test_the_address_of_the_client_is_no_wrong_setting_of_the_server(
         (["--model", "m", "--port", "abc"], "--port abc: "),
         (["--model", "m", "--device", "tpu"], "--device tpu: "),
         (["--model", "m", "--kv-cache-memory", "lots"], "--kv-cache-memory lots: "),
-        (["--model", "m", "--max-num-seqs", "600"], "max_num_batched_tokens=512"),
+        (
+            ["--model", "m", "--max-num-seqs", "600", "--max-num-batched-tokens", "512"],
+            "max_num_batched_tokens=512",
+        ),
         (["--model", "m", "--api-key", "secret"], "--api-key: an API key must have"),
         (["--model", "m", "--nonsense"], "--nonsense"),
         (["--model", "m", "--host", "0.0.0.0"], "--allow-unauthenticated"),
