@@ -358,7 +358,15 @@ class AdapterService:
 
 
 async def require_adapter(adapters: AdapterRepository, name: str) -> Adapter:
-    """Raises: ApiError(adapter_not_found)."""
+    """The adapter with this id. Raises: ApiError(adapter_not_found | invalid_request)."""
+    reference = Reference.parse(name)
+    if reference is not None and not reference.is_bare:
+        raise ApiError(
+            "invalid_request",
+            f"{name!r} refers to one version, and this is about the whole adapter; name it by its "
+            "id alone",
+            param="adapter_id",
+        )
     adapter = await adapters.get(name)
     if adapter is None or not adapter.versions:
         raise adapter_not_found(name)

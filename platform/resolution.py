@@ -47,7 +47,7 @@ class _Meaning:
 
     def only(self, text: str, param: str | None) -> ResolvedAdapter:
         if len(self.versions) > 1:
-            named = ", ".join(version.reference for version in self.versions.values())
+            named = ", ".join(self.versions[number].reference for number in sorted(self.versions))
             raise ApiError(
                 "alias_is_split",
                 f"{text!r} is split over {named}; name one of them",

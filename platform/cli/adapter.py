@@ -133,16 +133,15 @@ def versions(
         output.print_json({"object": "list", "data": found["versions"]})
         return
     rows = output.table(
-        ">version", "aliases", "status", "residency", ">rank", ">requests", ">tokens", "last used",
-        "digest",
-    )  # fmt: skip
+        ">version", "aliases", "status", "residency", ">requests", ">tokens", "last used", "digest"
+    )
+    rows.columns[1].no_wrap = True
     for v in found["versions"]:
         rows.add_row(
             str(v["version"]),
             ", ".join(alias.shares_of(v["version"], found["aliases"])),
             v["status"],
             v["residency"],
-            str(v["rank"]),
             str(v["num_requests"]),
             str(v["num_generated_tokens"]),
             output.ago(v["last_used_at"]),

@@ -92,7 +92,7 @@ async def requests(state: State) -> RequestList:
 @router.get("/events")
 async def events(
     state: State,
-    after: Annotated[int, Query(ge=0, description="Continue behind this event id.")] = 0,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Continue behind this event id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> EventList:
     """The audit log, oldest first."""

@@ -56,7 +56,8 @@ async def alias_history(
     adapter_id: str,
     alias: str,
     state: State,
-    before: Annotated[int, Query(ge=1, description="Only revisions below this one.")] = 10**9,
+    before: Annotated[int, Query(ge=1, le=10**9, description="Only revisions below this one.")] = 10
+    ** 9,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> AliasHistory:
     """What the alias has been, newest first, and who made it so."""

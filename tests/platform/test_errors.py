@@ -239,6 +239,8 @@ async def test_unknown_routes_and_methods(server: Any) -> None:
 async def test_bad_query_parameters(server: Any) -> None:
     answer = await server.http.get("/v1/adapters", params={"limit": 0})
     check(answer, 400, "invalid_request", "limit")
+    answer = await server.http.get("/v1/admin/events", params={"after": 10**30})
+    check(answer, 400, "invalid_request", "after")
     answer = await server.http.delete("/v1/adapters/x", params={"version": "three"})
     check(answer, 400, "invalid_request", "version")
 
