@@ -21,13 +21,13 @@ def choose(name: str, weights: Mapping[int, int], key: str) -> int:
     assert live, f"nothing of {name} has a weight"
     if len(live) == 1:
         return live[0][0]
-    return min(live, key=lambda item: _draw(name, item[0], key) / item[1])[0]
+    # The key is hashed once, however many versions there are: a client may send a long one. JSON
+    # lets half a surrogate pair through, which has no UTF-8 of its own.
+    hashed = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return min(live, key=lambda item: _draw(f"{name}@{item[0]}", hashed) / item[1])[0]
 
 
-def _draw(name: str, version: int, key: str) -> float:
+def _draw(candidate: str, hashed_key: bytes) -> float:
     """Exponentially distributed with mean 1; a function of its arguments."""
-    # A name has no NUL, so no two (name, version, key) make one text. JSON lets half a surrogate
-    # pair through, which has no UTF-8 of its own.
-    text = f"{name}@{version}\0{key}".encode("utf-8", "surrogatepass")
-    bits = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 11
-    return -math.log((bits + 0.5) / 2**53)
+    drawn = hashlib.blake2b(candidate.encode(), key=hashed_key, digest_size=8).digest()
+    return -math.log(((int.from_bytes(drawn, "big") >> 11) + 0.5) / 2**53)
