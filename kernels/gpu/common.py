@@ -53,15 +53,23 @@ def load_ranks(arena, offset, live, width, columns, mask):
 
 
 @triton.jit
-def load_t_row(t, plane_stride, at, PLANES: tl.constexpr, PLANES_POW2: tl.constexpr):
-    """The 16 shrink results at element `at`, planes summed in order. `[16]` fp32."""
+def load_t_planes(t, plane_stride, at, PLANES: tl.constexpr, PLANES_POW2: tl.constexpr):
+    """The 16 shrink results at element `at` of every plane, `[PLANES_POW2, 16]` fp32.
+
+    To be summed over axis 0 where they are needed, so that other loads can be asked for before.
+    """
     plane = tl.arange(0, PLANES_POW2)
-    parts = tl.load(
+    return tl.load(
         t + plane[:, None] * plane_stride + at + tl.arange(0, RANKS)[None, :],
         mask=(plane < PLANES)[:, None],
         other=0.0,
     )
-    return tl.sum(parts, 0)
+
+
+@triton.jit
+def load_t_row(t, plane_stride, at, PLANES: tl.constexpr, PLANES_POW2: tl.constexpr):
+    """The 16 shrink results at element `at`, planes summed in order. `[16]` fp32."""
+    return tl.sum(load_t_planes(t, plane_stride, at, PLANES, PLANES_POW2), 0)
 
 
 @triton.jit

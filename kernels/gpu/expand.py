@@ -79,7 +79,7 @@ def expand(
             ROWS=tile_rows,
             MATRIX_ONLY=batch_invariant or not small,
             num_warps=4 if small else 8,
-            num_stages=2,
+            num_stages=1,
         )
 
     start(work.small, shrunk.small, SMALL_ROWS)
@@ -139,16 +139,16 @@ def _expand_kernel(
     """
     index = tl.program_id(1)
     first_row, rows, first_page, pages, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
-        return
-    if pages == 0:
+    # One condition, so that the tile and the count are asked for together.
+    if (index >= tl.load(count)) | (pages == 0):
         return
     first_column = tl.program_id(0) * COLUMNS
     if (rows == 1) & (not MATRIX_ONLY):
         columns = first_column + tl.arange(0, COLUMNS)
         inside = columns < WIDTH
         target = y + first_row.to(tl.int64) * WIDTH + columns
-        total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        base = tl.load(target, mask=inside, other=0.0)
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
         for page in range(pages):
             offset, live, scale = find_page(
                 page_ids,
@@ -166,6 +166,7 @@ def _expand_kernel(
                 at = (t_start + page) * (MODULES * RANKS) + t_column
                 t_row = load_t_row(t, plane_stride, at, PLANES, PLANES_POW2) * scale
                 total += tl.sum(b.to(tl.float32) * t_row[:, None], 0)
+        total += base.to(tl.float32)
         tl.store(target, total.to(y.dtype.element_ty), mask=inside)
     else:
         row = tl.arange(0, ROWS)
@@ -176,7 +177,8 @@ def _expand_kernel(
             inside = columns < WIDTH
             mask = real[:, None] & inside[None, :]
             target = y_rows + columns[None, :]
-            total = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+            base = tl.load(target, mask=mask, other=0.0)
+            total = tl.zeros([ROWS, DOT_COLUMNS], dtype=tl.float32)
             for page in range(pages):
                 offset, live, scale = find_page(
                     page_ids,
@@ -194,4 +196,5 @@ def _expand_kernel(
                     at = (t_start + row * pages + page) * (MODULES * RANKS) + t_column
                     t_rows = load_t_rows(t, plane_stride, at, real, PLANES) * scale
                     total = dot(t_rows.to(b.dtype), b, total)
+            total += base.to(tl.float32)
             tl.store(target, total.to(y.dtype.element_ty), mask=mask)

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.gpu.common import RANKS, dot, load_ranks, load_tile
+from loraplex.kernels.gpu.common import RANKS, dot, load_tile
 from loraplex.kernels.gpu.launch import launch
 from loraplex.kernels.gpu.work import LARGE_ROWS, SMALL_ROWS, LoraWork, TileList
 from loraplex.kernels.ops import NUM_MODULES, PAGE_RANKS, Module, PageTables
 
 _MODULES = tl.constexpr(NUM_MODULES)
+LARGE_BLOCK_K = 64
 _GATHERED = 4  # (page, module) blocks side by side in the large form: 64 columns
 
 
@@ -69,6 +70,7 @@ def shrink(
             *_arguments(x, tables, work, work.small, small, layer, modules),
             WIDTH=width,
             CHUNK=chunk,
+            SPAN=min(chunk, 256),
             BLOCK_K=min(chunk, 128),
             ROWS=SMALL_ROWS,
             MATRIX_ONLY=batch_invariant,
@@ -84,23 +86,23 @@ def shrink(
             *_arguments(x, tables, work, work.large, large, layer, modules),
             WIDTH=width,
             CHUNK=chunk,
-            BLOCK_K=64,
+            BLOCK_K=LARGE_BLOCK_K,
             ROWS=LARGE_ROWS,
             MODULES=count,
             GATHERED=_GATHERED,
             num_warps=4,
-            num_stages=3,
+            num_stages=4,
         )
     return Shrunk(small, large, count)
 
 
 def small_chunk(width: int) -> int:
-    """Columns of x per program: 16 or 32 KB of weights, enough programs for few rows.
+    """Columns of x per program: 16 or 32 KB of weights, asked for at once.
 
-    Wide inputs take longer chunks, because every program of the expand sums all planes.
+    Longer chunks for wide inputs, because every program of the expand sums all planes.
     """
     whole: int = triton.next_power_of_2(max(16, width))
-    return min(512 if width < 8192 else 1024, whole)
+    return min(512 if width < 4096 else 1024, whole)
 
 
 def large_chunk(width: int) -> int:
@@ -109,8 +111,9 @@ def large_chunk(width: int) -> int:
     Four planes fill the machine from 2048 tokens on; eight for widths whose walk is long.
     """
     planes = 4 if width <= 8192 else 8
-    whole_blocks = -(-width // (planes * 128))
-    return max(512, whole_blocks * 128)
+    blocks = triton.cdiv(width, LARGE_BLOCK_K)
+    chunk: int = LARGE_BLOCK_K * min(blocks, max(8, triton.cdiv(blocks, planes)))
+    return chunk
 
 
 def _arguments(
@@ -186,6 +189,7 @@ def _shrink_small_kernel(
     first_module,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     MATRIX_ONLY: tl.constexpr,
@@ -201,34 +205,37 @@ def _shrink_small_kernel(
     index = tl.program_id(2)
     num_modules = tl.num_programs(1)
     first_row, rows, first_page, pages, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
-        return
-    if pages == 0:
+    # One condition, so that the tile and the count are asked for together.
+    if (index >= tl.load(count)) | (pages == 0):
         return
     ranks = tl.arange(0, RANKS)
     out = t + plane * plane_stride + (t_start * num_modules + module) * RANKS
     if (rows == 1) & (not MATRIX_ONLY):
-        k = plane * CHUNK + tl.arange(0, CHUNK)
+        # Chunks are summed part on part in registers and across lanes only once.
+        part = tl.arange(0, CHUNK // SPAN)[:, None, None]
+        k = plane * CHUNK + part * SPAN + tl.arange(0, SPAN)[None, None, :]
         inside = k < WIDTH
         x_row = tl.load(x + first_row.to(tl.int64) * WIDTH + k, mask=inside, other=0.0)
         x_row = x_row.to(tl.float32)
-        offset, live = _find_a(
-            page_ids, offset_a, live_ranks, num_layers, first_page, layer, first_module + module
-        )
         for page in range(pages):
-            tile = load_ranks(arena, offset, live, WIDTH, k, inside)
-            # Where the next page lies is looked up while this one is under way.
             offset, live = _find_a(
                 page_ids,
                 offset_a,
                 live_ranks,
                 num_layers,
-                first_page + tl.minimum(page + 1, pages - 1),
+                first_page + page,
                 layer,
                 first_module + module,
             )
-            result = tl.sum(tile.to(tl.float32) * x_row[None, :], 1)
-            tl.store(out + page * num_modules * RANKS + ranks, result)
+            if offset >= 0:
+                a = arena + tl.multiple_of(tl.maximum(offset, 0), 16)
+                tile = tl.load(
+                    a + ranks[None, :, None] * WIDTH + k,
+                    mask=(ranks < live)[None, :, None] & inside,
+                    other=0.0,
+                )
+                result = tl.sum(tl.sum(tile.to(tl.float32) * x_row, 0), 1)
+                tl.store(out + page * num_modules * RANKS + ranks, result)
     else:
         row = tl.arange(0, ROWS)
         x_rows = x + (first_row + row).to(tl.int64)[:, None] * WIDTH
@@ -293,7 +300,7 @@ def _shrink_large_kernel(
     plane = tl.program_id(0)
     index = tl.program_id(1)
     first_row, rows, first_page, pages, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
+    if (index >= tl.load(count)) | (pages == 0):
         return
     row = tl.arange(0, ROWS)
     column = tl.arange(0, GATHERED * RANKS)

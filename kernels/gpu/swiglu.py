@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.gpu.common import RANKS, dot, load_ranks, load_t_row, load_t_rows, load_tile
+from loraplex.kernels.gpu.common import (
+    RANKS,
+    dot,
+    load_ranks,
+    load_t_planes,
+    load_t_rows,
+    load_tile,
+)
 from loraplex.kernels.gpu.expand import page_operands
 from loraplex.kernels.gpu.launch import launch
 from loraplex.kernels.gpu.shrink import Shrunk
@@ -21,6 +28,16 @@ from loraplex.kernels.gpu.work import LARGE_ROWS, SMALL_ROWS, LoraWork, TileList
 from loraplex.kernels.ops import NUM_MODULES, Module, PageTables
 
 Activation = Literal["silu", "gelu_tanh"]
+
+# Columns of a decode program: 32 KB of weights at rank 16, asked for at once (16 loads of 16 bytes
+# in each of 128 threads), so the four programs that an SM holds keep 128 KB under way.
+SMALL_COLUMNS = 512
+# Four programs of 128 threads or two of 256 per SM. Left alone, ptxas takes up to 172 for loads
+# that it moves together and half the programs no longer fit. No spills on sm_90; 136 bytes in the
+# large form on sm_80.
+MAX_REGISTERS = 128
+LARGE_PROGRAMS = 1024  # four waves of two programs on 132 SMs
+LARGE_STEPS = 8
 
 _MODULES = tl.constexpr(NUM_MODULES)
 _GATE = tl.constexpr(int(Module.GATE))
@@ -58,31 +75,44 @@ def swiglu(
         if tiles is None:
             return
         small = tile_rows == SMALL_ROWS
-        columns = min(512 if small else 128, max(16, triton.next_power_of_2(width)))
+        columns = min(SMALL_COLUMNS, max(16, triton.next_power_of_2(width)))
+        dot_columns = min(columns, 128 if small and t is not None else 64)
+        steps = columns // dot_columns if small else large_steps(width, dot_columns, tiles)
+        limit = {} if t is None else {"maxnreg": MAX_REGISTERS}
         launch(
             _swiglu_kernel,
-            (triton.cdiv(width, columns), tiles.capacity),
+            (triton.cdiv(width, steps * dot_columns), tiles.capacity),
             gate_up,
             out,
             tiles.tiles,
             tiles.count,
             *page_operands(tables, work, t),
             layer,
+            steps,
             WIDTH=width,
             PLANES=0 if t is None else t.shape[0],
             PLANES_POW2=1 if t is None else triton.next_power_of_2(t.shape[0]),
             COLUMNS=columns,
-            DOT_COLUMNS=min(columns, 128),
+            DOT_COLUMNS=dot_columns,
             ROWS=tile_rows,
             MATRIX_ONLY=batch_invariant or not small,
             ACTIVATION=activation,
             num_warps=4 if small else 8,
-            num_stages=2,
+            num_stages=1,  # the dots of a page are single: nothing to pipeline
+            **limit,
         )
 
     start(work.small, None if shrunk is None else shrunk.small, SMALL_ROWS)
     start(work.large, None if shrunk is None else shrunk.large, LARGE_ROWS)
     return out
+
+
+def large_steps(width: int, columns: int, tiles: TileList) -> int:
+    """Column blocks that a prefill program walks: one finds its pages and T in cache after the
+    first and loads a block ahead, but short prefills need every program they can get.
+    """
+    blocks: int = triton.cdiv(width, columns) * tiles.capacity
+    return max(1, min(LARGE_STEPS, blocks // LARGE_PROGRAMS))
 
 
 @triton.jit
@@ -96,10 +126,12 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _find_gate_up(page_ids, page_weights, offset_b, live_ranks, scaling, num_layers, entry, layer):
+def _find_gate_up(
+    page_ids, page_weights, offset_b, live_ranks, scaling, num_layers, entry, layer, wanted
+):  # fmt: skip
     """Of both modules: (first element of B's tile or -1, live ranks or 0, scale)."""
-    page = tl.load(page_ids + entry).to(tl.int64)
-    weight = tl.load(page_weights + entry)
+    page = tl.load(page_ids + entry, mask=wanted, other=0).to(tl.int64)
+    weight = tl.load(page_weights + entry, mask=wanted, other=0.0)
     gate = (page * num_layers + layer) * _MODULES + _GATE
     gate_at = tl.load(offset_b + gate)
     up_at = tl.load(offset_b + gate + 1)
@@ -110,7 +142,36 @@ def _find_gate_up(page_ids, page_weights, offset_b, live_ranks, scaling, num_lay
     return gate_at, gate_live, gate_scale, up_at, up_live, up_scale
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit
+def _load_gate_up(source, columns, real, end, WIDTH: tl.constexpr):
+    mask = real[:, None] & (columns < end)[None, :]
+    gate = tl.load(source + columns[None, :], mask=mask, other=0.0)
+    return gate, tl.load(source + WIDTH + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_operands(
+    page_ids, page_weights, offset_b, live_ranks, scaling, arena, t, plane_stride, num_layers,
+    layer, entry, t_entries, real, wanted, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Of both modules: where the page's B tile is, its live ranks, and T for the matrix units.
+
+    T: `[rows, 16]`, scaled, rounded to the model's type. Without `wanted` nothing is read at entry.
+    """
+    ranks = tl.arange(0, RANKS)
+    gate_at, gate_live, gate_scale, up_at, up_live, up_scale = _find_gate_up(
+        page_ids, page_weights, offset_b, live_ranks, scaling, num_layers, entry, layer, wanted
+    )
+    at = t_entries * (2 * RANKS)
+    t_gate = load_t_rows(t, plane_stride, at, real & wanted, PLANES) * gate_scale
+    t_up = load_t_rows(t, plane_stride, at + RANKS, real & wanted, PLANES) * up_scale
+    # T of a module that the page does not adapt is not written: never use it.
+    t_gate = tl.where((ranks < gate_live)[None, :], t_gate, 0.0).to(arena.dtype.element_ty)
+    t_up = tl.where((ranks < up_live)[None, :], t_up, 0.0).to(arena.dtype.element_ty)
+    return gate_at, gate_live, t_gate, up_at, up_live, t_up
+
+
+@triton.jit(do_not_specialize=["layer", "steps"])
 def _swiglu_kernel(
     gate_up,
     out,
@@ -126,6 +187,7 @@ def _swiglu_kernel(
     plane_stride,
     num_layers,
     layer,
+    steps,
     WIDTH: tl.constexpr,
     PLANES: tl.constexpr,
     PLANES_POW2: tl.constexpr,
@@ -143,16 +205,20 @@ def _swiglu_kernel(
     """
     index = tl.program_id(1)
     first_row, rows, first_page, pages, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
+    # No tile is empty: one condition, so that the tile and the count are asked for together.
+    if (index >= tl.load(count)) | (rows == 0):
         return
     ranks = tl.arange(0, RANKS)
-    first_column = tl.program_id(0) * COLUMNS
+    first_column = tl.program_id(0) * (steps * DOT_COLUMNS)
     if (rows == 1) & ((not MATRIX_ONLY) | (pages == 0)):
         columns = first_column + tl.arange(0, COLUMNS)
         inside = columns < WIDTH
         source = gate_up + first_row.to(tl.int64) * (2 * WIDTH) + columns
-        gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(source + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        # Not used before the loop's end: nothing in it waits for them.
+        gate_base = tl.load(source, mask=inside, other=0.0)
+        up_base = tl.load(source + WIDTH, mask=inside, other=0.0)
+        gate = tl.zeros([COLUMNS], dtype=tl.float32)
+        up = tl.zeros([COLUMNS], dtype=tl.float32)
         if PLANES > 0:
             for page in range(pages):
                 gate_at, gate_live, gate_scale, up_at, up_live, up_scale = _find_gate_up(
@@ -164,17 +230,21 @@ def _swiglu_kernel(
                     num_layers,
                     first_page + page,
                     layer,
+                    True,
                 )
-                # Both tiles and T are asked for before the first is waited for.
+                # All of this is asked for before any of it is waited for.
+                at = (t_start + page) * (2 * RANKS)
+                t_gate = load_t_planes(t, plane_stride, at, PLANES, PLANES_POW2)
+                t_up = load_t_planes(t, plane_stride, at + RANKS, PLANES, PLANES_POW2)
                 gate_b = load_ranks(arena, gate_at, gate_live, WIDTH, columns, inside)
                 up_b = load_ranks(arena, up_at, up_live, WIDTH, columns, inside)
-                at = (t_start + page) * (2 * RANKS)
-                t_gate = load_t_row(t, plane_stride, at, PLANES, PLANES_POW2) * gate_scale
-                t_up = load_t_row(t, plane_stride, at + RANKS, PLANES, PLANES_POW2) * up_scale
-                t_gate = tl.where(ranks < gate_live, t_gate, 0.0)  # T is not written elsewhere
-                t_up = tl.where(ranks < up_live, t_up, 0.0)
+                # T of a module that the page does not adapt is not written: never use it.
+                t_gate = tl.where(ranks < gate_live, tl.sum(t_gate, 0) * gate_scale, 0.0)
+                t_up = tl.where(ranks < up_live, tl.sum(t_up, 0) * up_scale, 0.0)
                 gate += tl.sum(gate_b.to(tl.float32) * t_gate[:, None], 0)
                 up += tl.sum(up_b.to(tl.float32) * t_up[:, None], 0)
+        gate += gate_base.to(tl.float32)
+        up += up_base.to(tl.float32)
         result = _activate(gate, up, ACTIVATION)
         tl.store(
             out + first_row.to(tl.int64) * WIDTH + columns,
@@ -185,35 +255,44 @@ def _swiglu_kernel(
         row = tl.arange(0, ROWS)
         real = row < rows
         token = (first_row + row).to(tl.int64)[:, None]
-        for step in range(0, COLUMNS, DOT_COLUMNS):
-            columns = first_column + step + tl.arange(0, DOT_COLUMNS)
+        row_starts = gate_up + token * (2 * WIDTH)
+        end = tl.minimum(first_column + steps * DOT_COLUMNS, WIDTH)
+        first = first_column + tl.arange(0, DOT_COLUMNS)
+        gate_next, up_next = _load_gate_up(row_starts, first, real, end, WIDTH)
+        if PLANES > 0:
+            # The first page's, and mostly the only one's, for all steps.
+            first_gate_at, first_gate_live, first_t_gate, first_up_at, first_up_live, first_t_up = (
+                _load_operands(
+                    page_ids, page_weights, offset_b, live_ranks, scaling, arena, t, plane_stride,
+                    num_layers, layer, first_page, t_start + row * pages, real, pages > 0, PLANES,
+                )
+            )  # fmt: skip
+        for step in range(steps):
+            columns = first + step * DOT_COLUMNS
             inside = columns < WIDTH
-            mask = real[:, None] & inside[None, :]
-            source = gate_up + token * (2 * WIDTH) + columns[None, :]
-            gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
+            gate_base, up_base = gate_next, up_next
+            gate_next, up_next = _load_gate_up(row_starts, columns + DOT_COLUMNS, real, end, WIDTH)
+            gate = tl.zeros([ROWS, DOT_COLUMNS], dtype=tl.float32)
+            up = tl.zeros([ROWS, DOT_COLUMNS], dtype=tl.float32)
             if PLANES > 0:
+                gate_at, gate_live, t_gate = first_gate_at, first_gate_live, first_t_gate
+                up_at, up_live, t_up = first_up_at, first_up_live, first_t_up
                 for page in range(pages):
-                    gate_at, gate_live, gate_scale, up_at, up_live, up_scale = _find_gate_up(
-                        page_ids,
-                        page_weights,
-                        offset_b,
-                        live_ranks,
-                        scaling,
-                        num_layers,
-                        first_page + page,
-                        layer,
-                    )
+                    if page > 0:
+                        gate_at, gate_live, t_gate, up_at, up_live, t_up = _load_operands(
+                            page_ids, page_weights, offset_b, live_ranks, scaling, arena, t,
+                            plane_stride, num_layers, layer, first_page + page,
+                            t_start + row * pages + page, real, True, PLANES,
+                        )  # fmt: skip
                     gate_b = load_ranks(arena, gate_at, gate_live, WIDTH, columns, inside)
                     up_b = load_ranks(arena, up_at, up_live, WIDTH, columns, inside)
-                    at = (t_start + row * pages + page) * (2 * RANKS)
-                    t_gate = load_t_rows(t, plane_stride, at, real, PLANES) * gate_scale
-                    t_up = load_t_rows(t, plane_stride, at + RANKS, real, PLANES) * up_scale
-                    t_gate = tl.where((ranks < gate_live)[None, :], t_gate, 0.0)
-                    t_up = tl.where((ranks < up_live)[None, :], t_up, 0.0)
-                    gate = dot(t_gate.to(gate_b.dtype), gate_b, gate)
-                    up = dot(t_up.to(up_b.dtype), up_b, up)
+                    gate = dot(t_gate, gate_b, gate)
+                    up = dot(t_up, up_b, up)
+            gate += gate_base.to(tl.float32)
+            up += up_base.to(tl.float32)
             result = _activate(gate, up, ACTIVATION)
             tl.store(
-                out + token * WIDTH + columns[None, :], result.to(out.dtype.element_ty), mask=mask
+                out + token * WIDTH + columns[None, :],
+                result.to(out.dtype.element_ty),
+                mask=real[:, None] & inside[None, :],
             )
