@@ -13,7 +13,6 @@ from torch import Tensor
 
 from loraplex.engine.api import TokenLogprobs
 from loraplex.engine.gpu.transfers import Arrival, send
-from loraplex.engine.validation import MAX_LOGPROBS
 from loraplex.kernels.gpu.sample_logprobs import HEAD_FIELDS, find_logprobs
 
 
@@ -24,8 +23,7 @@ def start_logprobs(logits: Tensor, token_ids: Tensor, asked: list[tuple[int, int
     """
     vocab_size = logits.shape[1]
     counts = [(row, min(num_top, vocab_size)) for row, num_top in asked]
-    # One width for all, so that the kernel is compiled once.
-    width = max(MAX_LOGPROBS, *(num_top for _, num_top in counts))
+    width = max(num_top for _, num_top in counts)
     return find_logprobs(
         logits, token_ids, send(np.array(counts, dtype=np.int32), logits.device), width
     )

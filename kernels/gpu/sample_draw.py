@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu.launch import launch
-from loraplex.kernels.gpu.sample_peaks import GROUP, LOG2E, Peaks
+from loraplex.kernels.gpu.sample_peaks import LOG2E, Peaks
 from loraplex.kernels.gpu.sample_rows import (
     EDIT_SLOT,
     GREEDY,
@@ -38,7 +38,6 @@ from loraplex.kernels.gpu.sample_rows import (
 )
 from loraplex.kernels.gpu.sample_uniform import load_seed, uniform
 
-TILE_GROUPS = 64  # groups of a pass's tile: 4096 tokens
 NUM_WARPS = 8
 # Low bits of a logit's fp32 form that say nothing, so that bisecting may skip them.
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -63,8 +62,8 @@ def draw(
     if found.sums is None:
         raise ValueError("draw needs the groups' sums; ask find_peaks(..., sums=True) for them")
     num_rows, vocab = rows.logits.shape
-    device = rows.logits.device
-    listed = torch.empty((num_rows, found.num_groups), dtype=torch.int32, device=device)
+    groups, device = found.groups, rows.logits.device
+    listed = torch.empty((num_rows, groups.count), dtype=torch.int32, device=device)
     launch(
         _draw_kernel,
         (num_rows,),
@@ -80,10 +79,10 @@ def draw(
         last_tokens,
         counts,
         VOCAB=vocab,
-        GROUP=GROUP,
-        NUM_GROUPS=found.num_groups,
-        PADDED=found.padded_groups,
-        TILE=min(TILE_GROUPS, found.padded_groups),
+        GROUP=groups.size,
+        NUM_GROUPS=groups.count,
+        PADDED=groups.padded,
+        TILE=groups.per_tile,
         SPARE=_SPARE_BITS[rows.logits.dtype] if rows.edited is None else 0,
         num_warps=NUM_WARPS,
     )
@@ -203,17 +202,17 @@ def _mass_by_group(
 ):  # fmt: skip
     """(mass of l >= bar in the groups that hold, mass by group of what is kept there)."""
     num_listed = _list_groups(holds, group, listed)
-    total = 0.0
+    total = tl.zeros((TILE,), tl.float32)
     for first in range(0, num_listed, TILE):
         ids, real, x = _load_listed(
             logits, stride, edited, slot, row, listed, first, num_listed, VOCAB, GROUP, TILE
         )
         w = tl.exp2((x - base) * scale)
-        total += tl.sum(tl.sum(tl.where(x >= bar, w, 0.0), 1), 0)
+        total += tl.sum(tl.where(x >= bar, w, 0.0), 1)
         kept = tl.where((x >= bar) & (w >= min_p) & (x > pivot), w, 0.0)
         tl.store(sums + ids, tl.sum(kept, 1), mask=real)
     tl.debug_barrier()
-    return total, tl.load(sums + group, mask=holds, other=0.0)
+    return tl.sum(total, 0), tl.load(sums + group, mask=holds, other=0.0)
 
 
 @triton.jit
@@ -274,14 +273,15 @@ def _bar_of_tokens(
     while low < high:
         middle = _between(low, high)
         pivot = _value(middle, SPARE)
-        count = 0
+        count = tl.zeros((TILE,), tl.int32)
         for first in range(0, num_listed, TILE):
             _, _, x = _load_listed(
                 logits, stride, edited, slot, row, listed, first, num_listed, VOCAB, GROUP, TILE
             )
-            count += tl.sum(tl.sum((x >= pivot).to(tl.int32), 1), 0)
-        low = tl.where(count >= top_k, middle, low)
-        high = tl.where(count > top_k, high, tl.where(count < top_k, middle - 1, middle))
+            count += tl.sum((x >= pivot).to(tl.int32), 1)
+        reached = tl.sum(count, 0)
+        low = tl.where(reached >= top_k, middle, low)
+        high = tl.where(reached > top_k, high, tl.where(reached < top_k, middle - 1, middle))
     return _value(low, SPARE)
 
 

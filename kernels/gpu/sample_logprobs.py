@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraplex.kernels.gpu.launch import launch
-from loraplex.kernels.gpu.sample_peaks import GROUP, LOG2E, TILE_GROUPS
+from loraplex.kernels.gpu.sample_peaks import LOG2E, Groups
 from loraplex.kernels.gpu.sample_rows import HIGHEST, LOWEST, check_logits
 
 ASK_FIELDS = 2  # of `find_logprobs`: row of the logits, how many of the likeliest
@@ -34,17 +34,17 @@ def find_logprobs(logits: Tensor, token_ids: Tensor, asked: Tensor, width: int) 
     if asked.dim() != 2 or asked.shape[1] != ASK_FIELDS:
         raise ValueError(f"asked must be [rows, {ASK_FIELDS}], got {list(asked.shape)}")
     vocab, num_asked, device = logits.shape[1], asked.shape[0], logits.device
-    num_groups = triton.cdiv(vocab, GROUP)
-    padded = triton.next_power_of_2(num_groups)
-    tile = min(TILE_GROUPS, padded)
-    groups = torch.empty((2, num_asked, num_groups), dtype=torch.float32, device=device)
-    above = torch.empty((num_asked, num_groups), dtype=torch.int32, device=device)
-    shared = (logits, logits.stride(0), token_ids, asked, groups[0], groups[1], above)
-    sizes = {"VOCAB": vocab, "GROUP": GROUP, "NUM_GROUPS": num_groups}
-    grid = (num_asked, triton.cdiv(num_groups, tile))
-    launch(_survey_kernel, grid, *shared, **sizes, TILE=tile)
+    groups = Groups.of(vocab)
+    sizes = {"VOCAB": vocab, "GROUP": groups.size, "NUM_GROUPS": groups.count}
+    shape = (num_asked, groups.count)
+    peaks = torch.empty(shape, dtype=torch.float32, device=device)
+    sums = torch.empty(shape, dtype=torch.float32, device=device)
+    above = torch.empty(shape, dtype=torch.int32, device=device)
+    shared = (logits, logits.stride(0), token_ids, asked, peaks, sums, above)
+    grid = (num_asked, triton.cdiv(groups.count, groups.per_tile))
+    launch(_survey_kernel, grid, *shared, **sizes, TILE=groups.per_tile)
     out = torch.empty((num_asked, HEAD_FIELDS + 2 * width), dtype=torch.int32, device=device)
-    launch(_logprobs_kernel, (num_asked,), *shared, out, **sizes, PADDED=padded, WIDTH=width)
+    launch(_logprobs_kernel, (num_asked,), *shared, out, width, **sizes, PADDED=groups.padded)
     return out
 
 
@@ -81,11 +81,10 @@ def _survey_kernel(
     tl.store(above + out, tl.sum((x > chosen).to(tl.int32), 1), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _logprobs_kernel(
-    logits, stride, token_ids, asked, peaks, sums, above, out,
+    logits, stride, token_ids, asked, peaks, sums, above, out, width,
     VOCAB: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`l - log sum exp l` of the token and of the likeliest, in order, of equals the lower id.
 
@@ -95,7 +94,7 @@ def _logprobs_kernel(
     row = tl.load(asked + ask * _ASK_FIELDS)
     num_top = tl.load(asked + ask * _ASK_FIELDS + 1)
     token = tl.load(token_ids + row).to(tl.int32)
-    out += ask.to(tl.int64) * (_HEAD_FIELDS + 2 * WIDTH)
+    out += ask.to(tl.int64) * (_HEAD_FIELDS + 2 * width)
     group = tl.arange(0, PADDED)
     real = group < NUM_GROUPS
     place = ask.to(tl.int64) * NUM_GROUPS + group
@@ -118,7 +117,7 @@ def _logprobs_kernel(
         start = tl.sum(tl.where(here, unused, 0), 0)
         taken = tl.min(tl.where((x == best) & (offset >= start), offset, GROUP), 0)
         tl.store(out + _HEAD_FIELDS + i, first + taken)
-        tl.store(out + _HEAD_FIELDS + WIDTH + i, _bits(best, peak, log_total))
+        tl.store(out + _HEAD_FIELDS + width + i, _bits(best, peak, log_total))
         left = tl.where((x < best) | ((x == best) & (offset > taken)), x, LOWEST)
         following = tl.max(left, 0)
         unused = tl.where(here, tl.where(following == best, taken + 1, 0), unused)

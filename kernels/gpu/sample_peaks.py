@@ -1,4 +1,4 @@
-"""The first pass over the logits: what the best of every 64 neighbouring tokens is.
+"""The first pass over the logits: what the best of every 64 or so neighbouring tokens is.
 
 These *peaks* are an index into a row. Whatever asks for the tokens above some bar (the nucleus, the
 k likeliest, all that a refused draw leaves over) need only look into the groups whose peak is above
@@ -26,8 +26,9 @@ from loraplex.kernels.gpu.sample_rows import (
     load_logits,
 )
 
-GROUP = 64  # tokens: 128 bytes of bf16, the smallest piece worth a transaction of its own
-TILE_GROUPS = 64  # groups that one program looks at
+MIN_GROUP = 64  # tokens: 128 bytes of bf16, the smallest piece worth a transaction of its own
+MAX_GROUPS = 2048  # the peaks that a program can hold in registers beside its other work
+TILE = 4096  # tokens that a program looks at together
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -39,21 +40,35 @@ class Peaks:
 
     peaks: Tensor
     sums: Tensor | None
-    num_groups: int
-    padded_groups: int  # a power of two
+    groups: Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """How a vocabulary is cut."""
+
+    size: int  # tokens of a group, a power of two; the last may be shorter
+    count: int
+    padded: int  # `count`, rounded up to a power of two
+    per_tile: int  # groups that a program looks at together
+
+    @classmethod
+    def of(cls, vocab: int) -> Groups:
+        size = max(MIN_GROUP, triton.next_power_of_2(triton.cdiv(vocab, MAX_GROUPS)))
+        count = triton.cdiv(vocab, size)
+        padded = triton.next_power_of_2(count)
+        return cls(size, count, padded, min(max(TILE // size, 1), padded))
 
 
 def find_peaks(rows: SampleRows, *, sums: bool) -> Peaks:
     num_rows, vocab = rows.logits.shape
-    num_groups = triton.cdiv(vocab, GROUP)
-    padded = triton.next_power_of_2(num_groups)
-    tile = min(TILE_GROUPS, padded)
-    shape = (2 if sums else 1, num_rows, num_groups)
+    groups = Groups.of(vocab)
+    shape = (2 if sums else 1, num_rows, groups.count)
     out = torch.empty(shape, dtype=torch.float32, device=rows.logits.device)
-    found = Peaks(out[0], out[1] if sums else None, num_groups, padded)
+    found = Peaks(out[0], out[1] if sums else None, groups)
     launch(
         _peaks_kernel,
-        (num_rows, triton.cdiv(num_groups, tile)),
+        (num_rows, triton.cdiv(groups.count, groups.per_tile)),
         rows.logits,
         rows.logits.stride(0),
         rows.edited,
@@ -61,9 +76,9 @@ def find_peaks(rows: SampleRows, *, sums: bool) -> Peaks:
         found.peaks,
         found.sums,
         VOCAB=vocab,
-        GROUP=GROUP,
-        NUM_GROUPS=num_groups,
-        TILE=tile,
+        GROUP=groups.size,
+        NUM_GROUPS=groups.count,
+        TILE=groups.per_tile,
     )
     return found
 
@@ -93,9 +108,9 @@ def take_likeliest(
         last_tokens,
         counts,
         VOCAB=vocab,
-        GROUP=GROUP,
-        NUM_GROUPS=found.num_groups,
-        PADDED=found.padded_groups,
+        GROUP=found.groups.size,
+        NUM_GROUPS=found.groups.count,
+        PADDED=found.groups.padded,
     )
 
 
