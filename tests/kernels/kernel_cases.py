@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -251,3 +252,13 @@ def new_cache(
         dtype,
         torch.device("cpu"),
     )
+
+
+def interpreted_ops() -> Ops:
+    """`TritonOps` on a CPU. Kernels compiled for a GPU, where there is one, take no CPU tensors."""
+    from loraplex.kernels.gpu.launch import is_interpreted
+    from loraplex.kernels.gpu.ops import TritonOps
+
+    if not is_interpreted():
+        pytest.skip("Triton compiles for the GPU here; TRITON_INTERPRET=1 runs this on the CPU")
+    return TritonOps()

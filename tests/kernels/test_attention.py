@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Sequences, Shape, close, new_cache, rand
+from kernel_cases import Sequences, Shape, close, interpreted_ops, new_cache, rand
 
+from loraplex.kernels.gpu.kv_cache import PagedKVCache
 from loraplex.kernels.native_build import BuildError
 from loraplex.kernels.native_ops import NativeOps
 from loraplex.kernels.ops import AttentionBatch, KVCache, Ops
@@ -17,24 +20,35 @@ from loraplex.kernels.torch_ops import TorchOps
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
-def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "torch":
-        return TorchOps()
+# On a CPU sequences are cut into parts when threads would idle: check both ways.
+BACKENDS = [("torch", 1), ("torch", 3), ("native", 1), ("native", 3)]
+TRITON = ("triton", 1)
+
+
+def each_backend(name: str, values: Sequence[object], *, triton: object) -> pytest.MarkDecorator:
+    """Every value of a parameter with every backend; with Triton's slow interpreter only one."""
+    grid = [(backend, value) for backend in BACKENDS for value in values]
+    return pytest.mark.parametrize(
+        ("ops", name), [*grid, (TRITON, triton)], indirect=["ops"], ids=str
+    )
+
+
+@pytest.fixture(params=[*BACKENDS, TRITON], ids=str)
+def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    name, threads = request.param
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return NativeOps()
+        yield {"torch": TorchOps, "native": NativeOps, "triton": interpreted_ops}[name]()
     except BuildError as error:
         pytest.skip(f"native kernels cannot be built here: {error}")
+    finally:
+        torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, params=[1, 3])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sequences are cut into parts when threads would idle: check both ways."""
+@pytest.fixture(autouse=True)
+def _seed() -> None:
     torch.manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 class Runner:
@@ -68,7 +82,7 @@ class Runner:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8])
+@each_backend("group", [1, 2, 3, 4, 5, 8], triton=3)
 @pytest.mark.parametrize("head_dim", [10, 64, 96])
 def test_grouped_heads(ops: Ops, dtype: torch.dtype, group: int, head_dim: int) -> None:
     shape = Shape(num_heads=2 * group, num_kv_heads=2, head_dim=head_dim, layers=1)
@@ -78,9 +92,13 @@ def test_grouped_heads(ops: Ops, dtype: torch.dtype, group: int, head_dim: int) 
         runner.step([(0, 1), (1, 1), (2, 1)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 7, 16, 40])
-def test_chunks_windows_and_mixed_steps(ops: Ops, dtype: torch.dtype, window: int | None) -> None:
+@each_backend(
+    "dtype_window", list(product(DTYPES, [None, 1, 7, 16, 40])), triton=(torch.float32, 7)
+)
+def test_chunks_windows_and_mixed_steps(
+    ops: Ops, dtype_window: tuple[torch.dtype, int | None]
+) -> None:
+    dtype, window = dtype_window
     runner = Runner(ops, Shape(), dtype)
     runner.step([(0, 1), (1, 30)], window)
     runner.step([(0, 1), (1, 17), (2, 5)], window)  # chunked prefill beside a decode
@@ -89,7 +107,7 @@ def test_chunks_windows_and_mixed_steps(ops: Ops, dtype: torch.dtype, window: in
         runner.step([(2, 1), (0, 1), (1, 1)], window)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_backend("dtype", DTYPES, triton=torch.float32)
 def test_long_contexts_are_cut_for_idle_threads(ops: Ops, dtype: torch.dtype) -> None:
     shape = Shape(num_heads=2, num_kv_heads=1, layers=1)
     runner = Runner(ops, shape, dtype, new_cache(ops, shape, dtype, num_blocks=128))
@@ -99,7 +117,7 @@ def test_long_contexts_are_cut_for_idle_threads(ops: Ops, dtype: torch.dtype) ->
         runner.step([(0, 1), (1, 1)], window)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_backend("dtype", DTYPES, triton=torch.float32)
 def test_sequences_come_and_go(ops: Ops, dtype: torch.dtype) -> None:
     runner = Runner(ops, Shape(), dtype)
     runner.step([(i, 10 + 7 * i) for i in range(4)])
@@ -110,7 +128,7 @@ def test_sequences_come_and_go(ops: Ops, dtype: torch.dtype) -> None:
     runner.step([(0, 1), (9, 1)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_backend("dtype", DTYPES, triton=torch.float32)
 @pytest.mark.parametrize("kept", [0, 16])
 def test_a_preempted_sequence_returns_with_a_shorter_context(
     ops: Ops, dtype: torch.dtype, kept: int
@@ -128,7 +146,7 @@ def test_a_preempted_sequence_returns_with_a_shorter_context(
     runner.step([(0, 1), (1, 1)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_backend("dtype", DTYPES, triton=torch.float32)
 def test_a_step_is_repeated_at_the_same_length(ops: Ops, dtype: torch.dtype) -> None:
     """A sequence that loses its last token and computes it again, in the same block."""
     runner = Runner(ops, Shape(), dtype)
@@ -139,7 +157,7 @@ def test_a_step_is_repeated_at_the_same_length(ops: Ops, dtype: torch.dtype) -> 
     runner.step([(0, 1)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_backend("dtype", DTYPES, triton=torch.float32)
 def test_sequences_share_prefix_blocks_and_copy_on_write(ops: Ops, dtype: torch.dtype) -> None:
     runner = Runner(ops, Shape(), dtype)
     sequences = runner.sequences
@@ -186,7 +204,8 @@ def test_stale_pages_do_not_leak_into_attention(ops: Ops) -> None:
     """A reused block holds another sequence's values past the context: even NaN must not show."""
     runner = Runner(ops, Shape(layers=1), torch.float32)
     runner.step([(0, 32)])
-    for store in (runner.kv.k, runner.kv.v):  # type: ignore[attr-defined]
+    kv: Any = runner.kv
+    for store in (*kv.keys, *kv.values) if isinstance(kv, PagedKVCache) else (kv.k, kv.v):
         store.fill_(float("nan"))
     runner.sequences.drop(0)
     runner.step([(0, 5)])

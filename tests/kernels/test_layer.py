@@ -10,7 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import Adapter, Sequences, Shape, cos_sin, make_lora, make_pool, new_cache, rand
+from kernel_cases import (
+    Adapter,
+    Sequences,
+    Shape,
+    cos_sin,
+    interpreted_ops,
+    make_lora,
+    make_pool,
+    new_cache,
+    rand,
+)
 from torch import Tensor
 
 from loraplex.kernels import reference
@@ -28,6 +38,7 @@ from loraplex.kernels.ops import (
 )
 from loraplex.kernels.torch_ops import TorchOps
 
+DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-6
 VOCABULARY = 50
 Composition = list[tuple[int, float]]
@@ -143,6 +154,8 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     torch.manual_seed(0)
     if request.param == "torch":
         return TorchOps()
+    if request.param == "triton":
+        return interpreted_ops()
     try:
         return NativeOps()
     except BuildError as error:
@@ -186,7 +199,13 @@ def run(ops: Ops, model: Decoder) -> tuple[float, float]:
 ADAPTERS = [Adapter(8), Adapter(24), Adapter(16, modules=(Module.Q, Module.V, Module.DOWN))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ops", "dtype"),
+    [(backend, dtype) for backend in ("torch", "native") for dtype in DTYPES]
+    + [("triton", torch.float32)],  # once: the interpreter is slow
+    indirect=["ops"],
+    ids=str,
+)
 def test_steps_equal_one_forward(ops: Ops, dtype: torch.dtype) -> None:
     model = Decoder(Shape(hidden=64, head_dim=32, intermediate=96), dtype, ADAPTERS)
     largest, mean = run(ops, model)
