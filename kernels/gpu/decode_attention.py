@@ -91,7 +91,7 @@ def decode_attention_kernel(
     target = out + group * HEAD_DIM + in_group
     num_active = tl.cdiv(context - first, length)
     if num_active <= 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(target, acc.to(out.dtype.element_ty), mask=used)
         return
 
@@ -120,7 +120,7 @@ def decode_attention_kernel(
                 total = total * old + other_total * new
                 acc = acc * old[:, None] + part * new[:, None]
                 m = new_m
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(target, acc.to(out.dtype.element_ty), mask=used)
 
 

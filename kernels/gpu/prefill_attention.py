@@ -98,7 +98,7 @@ def prefill_attention_kernel(
         # Carried, not loaded where it is used: so keys are requested stages ahead, not addresses.
         blocks = load_blocks(table, start + BN, end, n, BLOCK_SIZE)
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=used)
 
 
