@@ -51,24 +51,27 @@ class DummySteps:
         **sampling: Any,
     ) -> None:
         """One step, waited for. runs: (new tokens, tokens in all) of each sequence, all of which
-        sample; decodes need not come first. uses: their adapters, in turn.
+        sample. uses: their adapters, in turn.
         """
-        runs = sorted(runs, key=lambda run: run[0] != 1)
-        scheduled = [
-            ScheduledSequence(
-                self._sequence(total, uses[i % len(uses)], sampling), total - new, new, samples=True
-            )
+        sequences = [
+            (self.sequence(total, uses[i % len(uses)], **sampling), new)
             for i, (new, total) in enumerate(runs)
         ]
-        num_decodes = sum(s.is_decode for s in scheduled)
-        for part in (slice(num_decodes), slice(num_decodes, None)):
-            scheduled[part] = sorted(scheduled[part], key=lambda s: s.seq.composition)
-        schedule = Schedule(scheduled, num_decodes, sum(new for new, _ in runs), [])
-        self._runner.collect(self._runner.launch(schedule))
-        self._runner.forget([s.seq.seq_id for s in scheduled])
+        self._runner.collect(self._runner.launch(self.schedule(sequences)))
+        self._runner.forget([seq.seq_id for seq, _ in sequences])
 
-    def _sequence(
-        self, num_tokens: int, uses: tuple[AdapterUse, ...], sampling: dict[str, Any]
+    def schedule(self, sequences: Sequence[tuple[EngineSequence, int]]) -> Schedule:
+        """Each runs its last so many tokens."""
+        scheduled = [
+            ScheduledSequence(seq, seq.num_tokens - new, new, samples=True)
+            for seq, new in sequences
+        ]
+        scheduled.sort(key=lambda s: (not s.is_decode, s.seq.composition))
+        num_decodes = sum(s.is_decode for s in scheduled)
+        return Schedule(scheduled, num_decodes, sum(new for _, new in sequences), [])
+
+    def sequence(
+        self, num_tokens: int, uses: tuple[AdapterUse, ...], **sampling: Any
     ) -> EngineSequence:
         number = next(self._numbers)
         request = GenerationRequest(

@@ -16,7 +16,7 @@ from loraplex.adapters.pool import PagePool
 from loraplex.engine.batch import RowPages, Run, adapter_runs
 from loraplex.engine.gpu.attention_plan import AttentionPlan, AttentionPlanner
 from loraplex.engine.gpu.state_rows import StateRows
-from loraplex.engine.gpu.step_layout import Ints, StepSizes
+from loraplex.engine.gpu.step_layout import COUNT_STRIDE, Ints, StepSizes
 from loraplex.engine.seams import Schedule, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.kernels.gpu.step_inputs import RUN_FIELDS
@@ -84,7 +84,9 @@ class HostSteps:
         lora = self._lora.build(adapter_runs(schedule, query_start), num_tokens, decodes_only)
         attention = self._attention.plan(query_start, context_lens, schedule.num_decodes)
         values = {
-            "counts": np.array([*lora.counts, attention.num_tiles], dtype=np.int32),
+            "counts": np.array([*lora.counts, attention.num_tiles], dtype=np.int32).repeat(
+                COUNT_STRIDE
+            ),
             "token_ids": token_ids,
             "positions": positions,
             "slots": slots,

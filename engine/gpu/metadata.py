@@ -145,7 +145,7 @@ class Metadata:
                 plan.num_splits,
                 plan.tile_queries,
                 view("attention_tiles", ATTENTION_TILE_FIELDS) if sizes.attention_tiles else None,
-                view("counts")[3:4],
+                layout.count(memory, 3),
                 sizes.attention_tiles,
             ),
         )
@@ -162,13 +162,13 @@ class Metadata:
     def _lora(
         self, layout: Layout, memory: Tensor, adapted: frozenset[tuple[int, int]]
     ) -> LoraBatch:
-        sizes, counts = layout.sizes, layout.view(memory, "counts")
+        sizes = layout.sizes
 
         def family(index: int, name: str, capacity: int) -> TileList | None:
             if capacity == 0:
                 return None
             tiles = layout.view(memory, name, TILE_FIELDS)
-            return TileList(tiles, counts[index : index + 1], capacity)
+            return TileList(tiles, layout.count(memory, index), capacity)
 
         page_ids = layout.view(memory, "page_ids")
         page_weights = layout.floats(memory, "page_weights")

@@ -19,6 +19,8 @@ from loraplex.kernels.gpu.work import TILE_FIELDS
 Ints = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 ALIGNMENT = 16  # int32s: fields begin at 64 bytes, so that kernels may read them in wide loads
+# Counts stand 16 bytes apart: Triton compiles a kernel anew for a pointer of other alignment.
+COUNT_STRIDE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +83,18 @@ class Layout:
         field = memory[self._spans[name]]
         return field if columns is None else field.view(-1, columns)
 
+    def count(self, memory: Tensor, index: int) -> Tensor:
+        """`[1]`: small, norm, large or attention tiles."""
+        at = index * COUNT_STRIDE
+        return self.view(memory, "counts")[at : at + 1]
+
     def floats(self, memory: Tensor, name: str) -> Tensor:
         return self.view(memory, name).view(torch.float32)
 
 
 def _fields(sizes: StepSizes) -> dict[str, int]:
     return {
-        "counts": 4,  # small, norm, large and attention tiles
+        "counts": 4 * COUNT_STRIDE,  # small, norm, large and attention tiles
         "token_ids": sizes.tokens,
         "positions": sizes.tokens,
         "slots": sizes.tokens,

@@ -25,7 +25,7 @@ from loraplex.engine.sampling import Sampled, Sampler
 from loraplex.engine.sequence import Sequence
 
 # `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
-for _name in ("device_ops",):
+for _name in ("device_ops", "meta_runner", "steps"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None

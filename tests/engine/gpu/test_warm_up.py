@@ -1,0 +1,97 @@
+"""The warm-up compiles what later steps use, captures included."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loraplex.engine.gpu.dummy_steps import DummySteps, dummy_adapter
+from loraplex.engine.gpu.warm_up import warm_up
+from loraplex.kernels.gpu.configurations import distinct
+
+meta = sys.modules["meta_runner"]
+MAX_LEN = meta.MAX_BLOCKS * 16
+
+
+class Warm:
+    """A warmed-up runner, and the configurations that are compiled by then."""
+
+    def __init__(self, family: str, **options: Any) -> None:
+        self.runner, self.pool = meta.make_meta_runner(family, torch.bfloat16, **options)
+        with meta.watched() as (notes, _):
+            warm_up(self.runner, self.pool, meta.MAX_SEQS, meta.MAX_TOKENS, MAX_LEN)
+        self.compiled = distinct(notes).keys()
+
+
+@pytest.fixture(scope="module")
+def warm() -> Any:
+    made: dict[str, Warm] = {}
+
+    def make(family: str, **options: Any) -> Warm:
+        key = repr((family, options))
+        if key not in made:
+            made[key] = Warm(family, **options)
+        return made[key]
+
+    return make
+
+
+runs = st.lists(
+    st.one_of(
+        st.tuples(st.just(1), st.integers(1, MAX_LEN)),
+        st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(n, MAX_LEN))),
+    ),
+    min_size=1,
+    max_size=meta.MAX_SEQS,
+).filter(lambda runs: sum(new for new, _ in runs) <= meta.MAX_TOKENS)
+sampling = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.7]),
+        "top_k": st.sampled_from([1, 40]),
+        "top_p": st.just(0.9),
+        "min_p": st.just(0.1),
+        "logprobs": st.sampled_from([0, 3, 20]),
+        "prompt_logprobs": st.sampled_from([0, 2]),
+        "presence_penalty": st.just(0.5),
+        "logit_bias": st.just({3: -1.0}),
+        "allowed_token_ids": st.just([1, 2, 3]),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("qwen3", {}), ("llama", {"batch_invariant": True})],
+)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(runs=runs, adapted=st.lists(st.integers(0, 2), min_size=1, max_size=5), sampling=sampling)
+def test_no_step_compiles_anything(
+    family: str, options: dict[str, Any], warm: Any, runs: Any, adapted: Any, sampling: Any
+) -> None:
+    ready = warm(family, **options)
+    steps = DummySteps(ready.runner, MAX_LEN)
+    with meta.watched() as (notes, _), dummy_adapter(ready.pool) as use:
+        uses = [(), (use,), (use, use)]
+        steps.run(runs, [uses[i] for i in adapted], **sampling)
+    new = distinct(notes).keys() - ready.compiled
+    assert not new, "\n".join(map(str, new))
+    assert notes
+
+
+def test_captures_alone_would_not_do() -> None:
+    """The companion: without its steps the warm-up leaves kernels uncompiled."""
+    runner, pool = meta.make_meta_runner()
+    with meta.watched() as (notes, _):
+        runner.graphs.capture()
+    compiled = distinct(notes).keys()
+    with meta.watched() as (notes, _), dummy_adapter(pool) as use:
+        DummySteps(runner, MAX_LEN).run([(40, 40)], [(use,)], temperature=1.0)
+    assert distinct(notes).keys() - compiled
