@@ -57,6 +57,19 @@ def matmul_kernel(
     tl.store(where, acc.to(out.dtype.element_ty), mask=in_m & (n < N)[None, :])
 
 
+class InvariantLinear:
+    """`ops.Linear` on the weight as given. weight: `[out, in]`, bias: `[out]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return matmul(x, self.weight, self.bias)
+
+
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[M, K] x [N, K] (+ [N]) -> [M, N]`, all of one dtype and contiguous.
 

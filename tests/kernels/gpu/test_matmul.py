@@ -6,7 +6,9 @@ import pytest
 import torch
 from kernel_cases import rand
 
-from loraplex.kernels.gpu.matmul import matmul
+from loraplex.kernels.gpu.matmul import InvariantLinear, matmul
+from loraplex.kernels.gpu.ops import TritonOps
+from loraplex.kernels.ops import Linear
 
 # Sums are in fp32; then one unit in the last place of the output (the interpreter cuts off bf16).
 UNIT = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -40,6 +42,15 @@ def test_a_row_does_not_depend_on_its_mates(dtype: torch.dtype) -> None:
     whole = matmul(x, weight)
     for rows in (slice(0, 1), slice(17, 18), slice(3, 40), slice(60, 131)):
         assert torch.equal(matmul(x[rows].contiguous(), weight), whole[rows])
+
+
+def test_the_invariant_backend_uses_it() -> None:
+    weight, bias = rand(48, 64, dtype=torch.float16), rand(48, dtype=torch.float16)
+    linear: Linear = TritonOps(batch_invariant=True).linear(weight, bias)
+    assert isinstance(linear, InvariantLinear)
+    assert (linear.in_features, linear.out_features, linear.nbytes) == (64, 48, 48 * 65 * 2)
+    x = rand(3, 64, dtype=torch.float16)
+    assert torch.equal(linear(x), matmul(x, weight, bias))
 
 
 def test_more_column_tiles_than_a_group_of_row_tiles() -> None:
