@@ -155,7 +155,7 @@ def _draw_kernel(
     asking = top_p < 1.0
     while asking:
         attempt += 1
-        holds = real & (top > drawn) & (weight >= min_p)
+        holds = real & (top > drawn)
         _, mass = _mass_by_group(
             logits, stride, edited, slot, row, holds, group, listed, sums, base, scale,
             bar, min_p, drawn, VOCAB, GROUP, TILE,
