@@ -252,7 +252,8 @@ class AdapterSlots:
                 code="adapter_no_room",
             )
         resident.pinned = True
-        if resident.state is AdapterState.DRAINING and not resident.evict_after_drain:
+        if resident.state is AdapterState.DRAINING:
+            resident.evict_after_drain = False
             self._change(resident, AdapterState.DEVICE, "pinned")
         self._plan_is_stale = True
         return resident

@@ -330,6 +330,7 @@ class Bench:
             clock=lambda: self.now,
         )
         self.blocks = BlockManager(num_blocks, BLOCK, enable_prefix_cache=prefix_cache)
+        self.num_calls = 0
         self.answers: dict[int, api.Answer] = {}
         self.events: list[api.AdapterEvent] = []
         self.engine = Engine(
@@ -408,7 +409,8 @@ class Bench:
         self.step_until(lambda: not self.engine.has_work(), limit)
 
     def call(self, method: str, **fields: Any) -> int:
-        call_id = 1000 + len(self.answers) * 7
+        self.num_calls += 1
+        call_id = 1000 + self.num_calls
         self.engine.call(api.Call(call_id, method, **fields))
         return call_id
 

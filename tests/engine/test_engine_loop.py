@@ -360,6 +360,22 @@ def test_a_drain_that_times_out_serves_again() -> None:
     assert late in bench.ends
 
 
+def test_a_pin_ends_a_drain_and_the_order_for_it() -> None:
+    """The bug this guards: the order to evict ended, refused, and left the adapter draining."""
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=6)
+    bench.step_until(lambda: bench.tokens[name])
+    evict = bench.call("evict", digest="a", drain=True)
+    late = bench.add([2], {"a": 1.0})
+    bench.call("pin", digest="a")
+    bench.run()
+    error = bench.answers[evict].error
+    assert error is not None
+    assert error.code == "adapter_pinned"
+    bench.check_tokens(late)
+    bench.check_over()
+
+
 def test_pins_survive_pressure_and_block_what_cannot_fit() -> None:
     bench = Bench()
     bench.call("pin", digest="c")
@@ -526,6 +542,15 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.bench.requests)))
         assert self.bench.engine.cancel(name) or name not in self.bench.engine._sequences
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.bench.engine._scheduler.running)
+    def cancel_and_evict(self, data: st.DataObject) -> None:
+        """The adapter of a request that just ran is nobody's, but a step may still read it."""
+        seq = data.draw(st.sampled_from(self.bench.engine._scheduler.running))
+        self.bench.engine.cancel(seq.request_id)
+        for digest in seq.digests:
+            self.order("evict", digest=digest, tier="host", drain=True, timeout_s=0.5)
+
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     @precondition(lambda self: self.bench.loader.under_way)
     def load_ends(self, data: st.DataObject, ok: bool) -> None:
@@ -548,6 +573,9 @@ class EngineMachine(RuleBasedStateMachine):
         force=st.booleans(),
         timeout_s=st.sampled_from([None, 0.0, 0.5]),
     )
+    def any_order(self, method: str, **fields: Any) -> None:
+        self.order(method, **fields)
+
     def order(self, method: str, **fields: Any) -> None:
         call_id = len(self.calls)
         self.bench.engine.call(api.Call(call_id, method, **fields))
