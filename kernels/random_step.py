@@ -179,7 +179,9 @@ def make_lora(
         host_page_ids=ids,
         host_page_weights=page_weights,
         adapted=frozenset(
-            (layer, module) for layer in range(num_layers) for module in range(NUM_MODULES)
+            (layer, module)
+            for layer in range(num_layers if tiles else 0)
+            for module in range(NUM_MODULES)
         ),
     )
 
@@ -315,6 +317,15 @@ class LayerStep:
 
     def swiglu(self, t: Tensor | None, layer: int = 0) -> Tensor:
         return self.ops.swiglu(self.given.gate_up, t, self.lora, layer)
+
+    def linear_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, weight and bias of one of `ModelShape.linears`, the latter two made here."""
+        width, out = self.shape.linears()[name]
+        x = {"o": self.given.attended, "down": self.given.inner}.get(name, self.given.x)
+        weight = random_tensor(out, width, dtype=x.dtype, device=x.device, std=width**-0.5)
+        if name != "qkv" or not self.shape.qkv_bias:
+            return x, weight, None
+        return x, weight, random_tensor(out, dtype=x.dtype, device=x.device)
 
     def adapted(self, layer: int = 0) -> None:
         """All that adapters touch: four shrinks and the four operations their expands are in."""

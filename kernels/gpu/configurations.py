@@ -48,7 +48,9 @@ def kernel_name(kernel: Any) -> str:
 
 
 def configuration(launch: Launch) -> Configuration:
-    constexprs, unspecialised = _constexprs(launch.kernel), _unspecialised(launch.kernel)
+    constexprs = _constexprs(launch.kernel)
+    any_value = _listed(launch.kernel, "do_not_specialize")
+    any_address = _listed(launch.kernel, "do_not_specialize_on_alignment") | any_value
     types: list[tuple[str, str]] = []
     constants: list[tuple[str, str]] = []
     for name in launch.kernel.arg_names:
@@ -58,7 +60,7 @@ def configuration(launch: Launch) -> Configuration:
         if name in constexprs or value is None:
             constants.append((name, str(value)))
         else:
-            types.append((name, _specialised(value, name not in unspecialised)))
+            types.append((name, _specialised(value, name in any_value, name in any_address)))
     return Configuration(
         kernel_name(launch.kernel),
         tuple(types),
@@ -83,20 +85,21 @@ def _constexprs(kernel: Any) -> set[str]:
     return {p.name for p in parameters if "constexpr" in str(p.annotation)}
 
 
-def _unspecialised(kernel: Any) -> list[str]:
-    listed: list[str] | None = getattr(kernel, "do_not_specialize", None)
-    return listed or getattr(kernel, "kwargs", {}).get("do_not_specialize") or []
+def _listed(kernel: Any, option: str) -> set[str]:
+    """A list given to `triton.jit`; an interpreted kernel keeps its options aside."""
+    return set(getattr(kernel, option, None) or getattr(kernel, "kwargs", {}).get(option) or ())
 
 
-def _specialised(value: Any, by_value: bool) -> str:
+def _specialised(value: Any, any_value: bool, any_address: bool) -> str:
     if isinstance(value, torch.Tensor):
         aligned = value.device.type == "meta" or value.data_ptr() % ALIGNED == 0
-        return f"*{str(value.dtype).removeprefix('torch.')}" + ("'" if aligned else "")
+        mark = "'" if aligned and not any_address else ""
+        return f"*{str(value.dtype).removeprefix('torch.')}{mark}"
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        if value == 1 and by_value:
-            return "1"
         kind = "int32" if value in _INT32 else "int64"
-        return kind + ("'" if by_value and value % ALIGNED == 0 else "")
+        if any_value:
+            return kind
+        return "1" if value == 1 else kind + ("'" if value % ALIGNED == 0 else "")
     return type(value).__name__

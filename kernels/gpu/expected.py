@@ -14,8 +14,10 @@ from loraplex.kernels.gpu.kv_cache import PagedKVCache
 from loraplex.kernels.ops import PAGE_RANKS, AttentionBatch, LoraBatch, Module
 
 # |got - expected| <= tolerance * (|expected| + root mean square of expected), element by element.
-# Outputs are rounded once to the model's type, and T where it meets the matrix units.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
+# Outputs are rounded once to the model's type, and T where it meets the matrix units: 2^-9 in bf16.
+# The worst is SwiGLU, a product of two such sums: with both factors six deviations out, an error of
+# 2^-9 in each is 0.14 of a typical output, and 0.05 * (1 + 36 / 2) are tolerated.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}
 
 
 def excess(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:

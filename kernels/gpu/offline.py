@@ -27,6 +27,8 @@ from triton.backends.compiler import GPUTarget
 
 from loraplex.kernels.gpu.configurations import Configuration, distinct
 from loraplex.kernels.gpu.launch import Launch, is_interpreted
+from loraplex.kernels.gpu.ops import TritonOps
+from loraplex.kernels.gpu.used_kernels import recorded_launches
 from loraplex.kernels.model_shapes import SHAPES
 
 WARP_SIZE = 32
@@ -148,35 +150,57 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from loraplex.kernels.gpu.used_kernels import recorded_launches
-
-    parser = argparse.ArgumentParser(prog="loraplex.kernels.gpu.offline", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="loraplex.kernels.gpu.offline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Several groups of options may follow each other, with -- between them.",
+    )
     parser.add_argument("--arch", type=int, action="append", help="80, 90, ... (default: both)")
     parser.add_argument("--shape", action="append", choices=sorted(SHAPES))
     parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--kernel", help="only kernels whose name holds this")
+    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    chosen = parser.parse_args(arguments)
-    shapes = chosen.shape or ["llama-3-8b"]
-    dtypes = [getattr(torch, name) for name in chosen.dtype or ["bfloat16"]]
-    launches = [
-        launch
-        for shape in shapes
-        for dtype in dtypes
-        for launch in recorded_launches(SHAPES[shape], dtype)
-    ]
+    given = sys.argv[1:] if arguments is None else arguments
+    groups = [parser.parse_args(group) for group in _split(given)]
     results: list[Compiled] = []
-    for arch in chosen.arch or [80, 90]:
-        wanted = [x for x in launches if (chosen.kernel or "") in x.kernel.__name__]
-        for result in compile_all(wanted, arch):
+    for group in groups:
+        for result in _compile_group(group):
             results.append(result)
             print(_line(result), flush=True)
-    if chosen.json:
-        with open(chosen.json, "w", encoding="utf-8") as file:
+    if groups[0].json:
+        with open(groups[0].json, "w", encoding="utf-8") as file:
             json.dump([asdict(result) for result in results], file, indent=1)
     failed = [result for result in results if result.error]
     print(f"{len(results)} compiled, {len(failed)} failed, triton {triton.__version__}")
     return 1 if failed else 0
+
+
+def _split(arguments: list[str]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == "--":
+            groups.append([])
+        else:
+            groups[-1].append(argument)
+    return groups
+
+
+def _compile_group(group: argparse.Namespace) -> Iterator[Compiled]:
+    launches = [
+        launch
+        for shape in group.shape or ["llama-3-8b"]
+        for dtype in group.dtype or ["bfloat16"]
+        for launch in recorded_launches(
+            SHAPES[shape],
+            getattr(torch, dtype),
+            TritonOps(batch_invariant=group.batch_invariant),
+        )
+        if group.kernel in launch.kernel.__name__
+    ]
+    for arch in group.arch or [80, 90]:
+        yield from compile_all(launches, arch)
 
 
 def _line(result: Compiled) -> str:

@@ -21,23 +21,30 @@ from torch import Tensor
 
 from loraplex.kernels.gpu import expected
 from loraplex.kernels.gpu.configurations import Configuration, distinct
-from loraplex.kernels.gpu.kv_cache import PagedKVCache
 from loraplex.kernels.gpu.launch import Launch, limit_stages, recording
-from loraplex.kernels.gpu.shrink import Shrunk
+from loraplex.kernels.gpu.layer_checks import (
+    Pair,
+    check_add_norm,
+    check_attention,
+    check_linear,
+    check_norm,
+    check_rope_kv,
+    check_shrink,
+    check_swiglu,
+    fill,
+)
+from loraplex.kernels.gpu.sample_checks import SampleStep
 from loraplex.kernels.gpu.used_kernels import DECODES, PREFILLS, steps_of
-from loraplex.kernels.gpu.work import LoraWork, TileList, lora_work
 from loraplex.kernels.model_shapes import ModelShape
-from loraplex.kernels.ops import GATE_UP, PAGE_RANKS, QKV, Module, Ops
+from loraplex.kernels.ops import GATE_UP, QKV, Module, Ops
 from loraplex.kernels.random_step import RMS_EPS, LayerStep
 from loraplex.kernels.versions import versions
 
 logger = logging.getLogger(__name__)
 
 # Enough for the interpreter, where a program takes milliseconds.
-FEW_DECODES = ((1, 40), (7, 50))
-FEW_PREFILLS = (20, 67)
-
-Pair = tuple[Tensor, Tensor]  # got, expected
+FEW_DECODES = ((7, 50), (1, 40))
+FEW_PREFILLS = (67, 20)
 
 
 class KernelFault(RuntimeError):
@@ -84,46 +91,47 @@ def self_test(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    decodes: Sequence[tuple[int, int]] = DECODES,
-    prefills: Sequence[int] = PREFILLS,
+    decodes: Sequence[tuple[int, int]] | None = None,
+    prefills: Sequence[int] | None = None,
     block_size: int = 16,
 ) -> list[Finding]:
     """Run and compare every configuration that steps of these sizes use; what was wrong is
     returned.
 
-    decodes: (sequences, longest context) of decode steps. prefills: tokens of a prefill. Compiles
+    decodes: (sequences, longest context) of decode steps. prefills: tokens of a prefill. None:
+    those of `used_kernels`, which cover every configuration; a few, where kernels are interpreted.
+    Compiles
     what is not compiled yet, so it is also the kernels' warm-up. Launches nothing twice that a
     smaller step has shown to be right. Waits for the device; a few seconds when all is compiled.
     """
-    right: set[Configuration] = set()
+    few = device.type == "cpu"
+    decodes = (FEW_DECODES if few else DECODES) if decodes is None else decodes
+    prefills = (FEW_PREFILLS if few else PREFILLS) if prefills is None else prefills
+    tested: set[Configuration] = set()
     findings: list[Finding] = []
-    for step in steps_of(shape, dtype, device, ops, decodes, prefills, block_size):
-        assert isinstance(step.kv, PagedKVCache), "the self-test is for the paged GPU cache"
-        _fill(step.kv)
-        for check in _checks(step):
-            with recording() as notes:
-                check.start()
-            used = {key: launch for key, launch in distinct(notes).items() if key not in right}
-            if not used:
-                continue
-            error = _worst(check, dtype)
-            if error <= 1:
-                right |= used.keys()
-                continue
-            remedied = _without_pipelining(check, list(used.values()), dtype)
-            finding = Finding(
-                operation=check.operation,
-                kernels=tuple(map(str, used)),
-                shape=f"{shape.name} ({step.given.x.shape[0]} rows)",
-                dtype=str(dtype).removeprefix("torch."),
-                error=error,
-                remedied=remedied,
-                versions=versions(device),
-            )
-            (logger.warning if remedied else logger.error)("kernel self-test: %s", finding)
-            findings.append(finding)
-            right |= used.keys()  # named once; the next step would find the same again
-    logger.info("kernel self-test: %d configurations, %d wrong", len(right), len(findings))
+    for rows, check in _all_checks(shape, dtype, device, ops, decodes, prefills, block_size):
+        with recording() as notes:
+            check.start()
+        used = {key: launch for key, launch in distinct(notes).items() if key not in tested}
+        if not used:
+            continue
+        tested |= used.keys()  # wrong ones, too: named once, the next step would find them again
+        error = _worst(check, dtype)
+        if error <= 1:
+            continue
+        remedied = _without_pipelining(check, list(used.values()), dtype)
+        finding = Finding(
+            operation=check.operation,
+            kernels=tuple(map(str, used)),
+            shape=f"{shape.name} ({rows} rows)",
+            dtype=str(dtype).removeprefix("torch."),
+            error=error,
+            remedied=remedied,
+            versions=versions(device),
+        )
+        (logger.warning if remedied else logger.error)("kernel self-test: %s", finding)
+        findings.append(finding)
+    logger.info("kernel self-test: %d configurations, %d wrong", len(tested), len(findings))
     return findings
 
 
@@ -155,59 +163,63 @@ def _without_pipelining(check: _Check, launches: list[Launch], dtype: torch.dtyp
     return False
 
 
-def _fill(kv: PagedKVCache) -> None:
-    for pages in (*kv.keys, *kv.values):
-        pages.normal_()
+def _all_checks(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    decodes: Sequence[tuple[int, int]],
+    prefills: Sequence[int],
+    block_size: int,
+) -> Iterator[tuple[int, _Check]]:
+    """With the rows of each."""
+    for step in steps_of(shape, dtype, device, ops, decodes, prefills, block_size):
+        fill(step.kv)
+        for check in _checks(step):
+            yield step.given.x.shape[0], check
+    for rows, _ in decodes:
+        sampling = SampleStep(rows, shape.vocab_size, dtype, device)
+        yield rows, _Check("sampling", sampling.start, sampling.check)
 
 
 def _checks(step: LayerStep) -> Iterator[_Check]:
-    given, shape, lora = step.given, step.shape, step.lora
+    given = step.given
     yield _Check(
         "rms_norm",
         lambda: step.ops.rms_norm(given.x, given.norm, RMS_EPS),
-        lambda: [
-            (
-                step.ops.rms_norm(given.x, given.norm, RMS_EPS),
-                expected.rms_norm(given.x, given.norm, RMS_EPS),
-            )
-        ],
+        partial(check_norm, step),
     )
-    if lora is not None:
+    for name in step.shape.linears():
+        yield _Check(
+            f"linear {name}",
+            partial(_start_linear, step, name),
+            partial(check_linear, step, name),
+        )
+    if step.lora is not None:
         for modules in (QKV, (Module.O,), GATE_UP, (Module.DOWN,)):
             names = "/".join(module.name.lower() for module in modules)
             yield _Check(
                 f"lora_shrink of {names}",
                 partial(step.shrink, modules),
-                partial(_shrink, step, modules),
+                partial(check_shrink, step, modules),
             )
     # The shrinks have been checked; what an expand starts is recorded with a T from them.
-    yield _after_shrink(step, "rope_kv_write", QKV, LayerStep.rope_kv_write, _rope)
-    yield _Check(
-        "attention",
-        step.attention,
-        lambda: [
-            (
-                step.attention(),
-                expected.attention(
-                    given.attended.view(-1, shape.num_heads, shape.head_dim),
-                    _paged(step),
-                    0,
-                    step.attention_batch,
-                    shape.head_dim**-0.5,
-                    shape.sliding_window,
-                ),
-            )
-        ],
-    )
-    yield _after_shrink(step, "swiglu", GATE_UP, LayerStep.swiglu, _swiglu)
+    yield _after_shrink(step, "rope_kv_write", QKV, LayerStep.rope_kv_write, check_rope_kv)
+    yield _Check("attention", step.attention, partial(check_attention, step))
+    yield _after_shrink(step, "swiglu", GATE_UP, LayerStep.swiglu, check_swiglu)
     for module in (Module.O, Module.DOWN):
         yield _after_shrink(
             step,
             f"add_rms_norm of {module.name.lower()}",
             (module,),
-            partial(_start_add_norm, module),
-            partial(_add_norm, module),
+            lambda step, t, module=module: step.add_rms_norm(module, t),  # type: ignore[misc]
+            partial(check_add_norm, module),
         )
+
+
+def _start_linear(step: LayerStep, name: str) -> None:
+    x, weight, bias = step.linear_operands(name)
+    step.ops.linear(weight, bias)(x)
 
 
 def _after_shrink(
@@ -227,92 +239,3 @@ def _after_shrink(
         lambda: start(mine, step.shrink(modules)),
         lambda: run(mine, step.shrink(modules)),
     )
-
-
-def _paged(step: LayerStep) -> PagedKVCache:
-    assert isinstance(step.kv, PagedKVCache)
-    return step.kv
-
-
-def _shrink(step: LayerStep, modules: tuple[Module, ...]) -> list[Pair]:
-    """T of both families against `x A^T`, entry by entry."""
-    lora = step.lora
-    assert lora is not None
-    t: object = step.shrink(modules)  # opaque to `Ops`, ours to look into
-    assert isinstance(t, Shrunk)
-    x = step.input_of(modules)
-    work = lora.plan if isinstance(lora.plan, LoraWork) else lora_work(lora, len(x), x.device)
-    pairs: list[Pair] = []
-    for planes, tiles in ((t.small, work.small), (t.large, work.large)):
-        if planes is None or tiles is None:
-            continue
-        total = planes.sum(0).view(-1, len(modules), PAGE_RANKS)
-        pairs += _entries(step, modules, x, total, tiles)
-    return pairs
-
-
-def _entries(
-    step: LayerStep, modules: tuple[Module, ...], x: Tensor, total: Tensor, tiles: TileList
-) -> Iterator[Pair]:
-    lora = step.lora
-    assert lora is not None
-    for row, rows, first, pages, start, *_ in tiles.tiles.tolist()[: int(tiles.count)]:
-        for page in range(pages):
-            entries = start + page + torch.arange(rows, device=x.device) * pages
-            for place, module in enumerate(modules):
-                want = expected.shrink_result(
-                    x[row : row + rows], lora, lora.host_page_ids[first + page], 0, module
-                )
-                if want is not None:
-                    yield total[entries, place], want
-
-
-def _rope(step: LayerStep, t: Tensor | None) -> list[Pair]:
-    given, shape, kv = step.given, step.shape, _paged(step)
-    widths = (shape.q_width, shape.kv_width, shape.kv_width)
-    qkv = given.qkv.float() + torch.cat(
-        [
-            expected.lora_delta(given.x, step.lora, 0, module, width)
-            for module, width in zip(QKV, widths, strict=True)
-        ],
-        1,
-    )
-    q, k, v = (
-        part.view(part.shape[0], -1, shape.head_dim) for part in qkv.split(list(widths), dim=1)
-    )
-    if given.q_norm is not None and given.k_norm is not None:
-        q = expected.rms_norm(q, given.q_norm, RMS_EPS)
-        k = expected.rms_norm(k, given.k_norm, RMS_EPS)
-    q, k = (expected.rotate(heads, given.cos, given.sin) for heads in (q, k))
-    got = step.rope_kv_write(t)
-    slots = step.attention_batch.slot_mapping.long()
-    block, offset = slots // kv.block_size, slots % kv.block_size
-    return [
-        (got.view_as(q), q),
-        (kv.keys[0][block, :, offset], k),
-        (kv.values[0][block, :, offset], v),
-    ]
-
-
-def _swiglu(step: LayerStep, t: Tensor | None) -> list[Pair]:
-    given, width = step.given, step.shape.intermediate
-    gate, up = (
-        half.float() + expected.lora_delta(given.x, step.lora, 0, module, width)
-        for half, module in zip(given.gate_up.split(width, dim=1), GATE_UP, strict=True)
-    )
-    return [(step.swiglu(t), expected.swiglu(gate, up))]
-
-
-def _start_add_norm(module: Module, step: LayerStep, t: Tensor | None) -> Tensor:
-    return step.add_rms_norm(module, t)
-
-
-def _add_norm(module: Module, step: LayerStep, t: Tensor | None) -> list[Pair]:
-    given = step.given
-    delta = expected.lora_delta(step.input_of((module,)), step.lora, 0, module, step.shape.hidden)
-    residual = given.residual.float() + given.y.float() + delta
-    normed = step.add_rms_norm(module, t)
-    return [
-        (given.residual, residual),
-        (normed, expected.rms_norm(residual, given.norm, RMS_EPS)),
-    ]

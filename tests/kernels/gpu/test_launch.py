@@ -120,3 +120,18 @@ def test_distinct_keeps_the_first_of_each_and_no_empty_grid() -> None:
 def test_a_configuration_reads_as_what_it_is() -> None:
     assert kernel_name(_double_kernel) == "double"
     assert str(one(17, dtype=torch.bfloat16)) == "double bfloat16 [BLOCK=16] 1 warps, 3 stages"
+
+
+@triton.jit(do_not_specialize_on_alignment=["x"])
+def _copy_kernel(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at))
+
+
+def test_alignment_counts_only_where_the_kernel_is_specialised_on_it() -> None:
+    x = torch.ones(33)
+    with recording() as notes:
+        for i, j in ((0, 0), (1, 0), (0, 1)):
+            launch(_copy_kernel, (1,), x[i:], x[j:], BLOCK=16)
+    first, odd_x, odd_y = map(configuration, notes)
+    assert first == odd_x != odd_y
