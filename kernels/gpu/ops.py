@@ -18,7 +18,6 @@ from loraplex.kernels.gpu.attention_work import AttentionWork, attention_work
 from loraplex.kernels.gpu.embed import embed
 from loraplex.kernels.gpu.kv_cache import PagedKVCache
 from loraplex.kernels.gpu.matmul import InvariantLinear
-from loraplex.kernels.gpu.matmul import matmul
 from loraplex.kernels.gpu.norm import rms_norm
 from loraplex.kernels.gpu.rope_kv import rope_kv
 from loraplex.kernels.gpu.shrink import Shrunk, shrink
@@ -37,13 +36,6 @@ from loraplex.kernels.packed_linear import DenseLinear
 
 ARRIVAL_COUNTERS = 4096  # more than the rows of any captured step, so they grow in eager ones only
 BASE_PLANS = 1024  # row counts whose tiles are kept for steps without a LoraBatch
-
-
-class FixedLinear(DenseLinear):
-    """Multiplies every row in the same way, however many there are."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return matmul(x, self.weight, self.bias)
 
 
 class TritonOps:
