@@ -121,12 +121,15 @@ def large_steps(width: int, columns: int, tiles: TileList) -> int:
 
 @triton.jit
 def _activate(gate, up, ACTIVATION: tl.constexpr):
-    """Both activations are `gate * sigmoid(z)`: tanh(z) = 2 * sigmoid(2 * z) - 1."""
+    """Both activations are `gate * sigmoid(z)`: tanh(z) = 2 * sigmoid(2 * z) - 1.
+
+    Below -80 the sigmoid is nothing to any gate, and its exponential must not overflow.
+    """
     if ACTIVATION == "silu":
         z = gate
     else:
         z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 * sqrt(2 / pi)
-    return gate / (1.0 + tl.exp(-z)) * up
+    return gate / (1.0 + tl.exp(-tl.maximum(z, -80.0))) * up
 
 
 @triton.jit
@@ -167,12 +170,13 @@ def _load_operands(
         page_ids, page_weights, offset_b, live_ranks, scaling, num_layers, entry, layer, wanted
     )
     at = t_entries * (2 * RANKS)
-    t_gate = load_t_rows(t, plane_stride, at, real & wanted, PLANES) * gate_scale
-    t_up = load_t_rows(t, plane_stride, at + RANKS, real & wanted, PLANES) * up_scale
+    t_gate = load_t_rows(t, plane_stride, at, real & wanted, PLANES)
+    t_up = load_t_rows(t, plane_stride, at + RANKS, real & wanted, PLANES)
     # T of a module that the page does not adapt is not written: never use it.
-    t_gate = tl.where((ranks < gate_live)[None, :], t_gate, 0.0).to(arena.dtype.element_ty)
-    t_up = tl.where((ranks < up_live)[None, :], t_up, 0.0).to(arena.dtype.element_ty)
-    return gate_at, gate_live, t_gate, up_at, up_live, t_up
+    t_gate = tl.where((ranks < gate_live)[None, :], t_gate, 0.0) * gate_scale
+    t_up = tl.where((ranks < up_live)[None, :], t_up, 0.0) * up_scale
+    to = arena.dtype.element_ty
+    return gate_at, gate_live, t_gate.to(to), up_at, up_live, t_up.to(to)
 
 
 @triton.jit(do_not_specialize=["layer", "steps"])
@@ -243,8 +247,8 @@ def _swiglu_kernel(
                 gate_b = load_ranks(arena, gate_at, gate_live, WIDTH, columns, inside)
                 up_b = load_ranks(arena, up_at, up_live, WIDTH, columns, inside)
                 # T of a module that the page does not adapt is not written: never use it.
-                t_gate = tl.where(ranks < gate_live, tl.sum(t_gate, 0) * gate_scale, 0.0)
-                t_up = tl.where(ranks < up_live, tl.sum(t_up, 0) * up_scale, 0.0)
+                t_gate = tl.where(ranks < gate_live, tl.sum(t_gate, 0), 0.0) * gate_scale
+                t_up = tl.where(ranks < up_live, tl.sum(t_up, 0), 0.0) * up_scale
                 gate += tl.sum(gate_b.to(tl.float32) * t_gate[:, None], 0)
                 up += tl.sum(up_b.to(tl.float32) * t_up[:, None], 0)
         gate += gate_base.to(tl.float32)
