@@ -17,7 +17,7 @@ from torch import Tensor
 from loraplex.adapters.pool import PagePool
 from loraplex.engine.gpu.attention_plan import AttentionPlanner
 from loraplex.engine.gpu.device_logprobs import PromptLogprobs
-from loraplex.engine.gpu.events import mark, wait
+from loraplex.engine.gpu.events import faults, mark, wait
 from loraplex.engine.gpu.graphs import DecodeGraphs, GraphBackend
 from loraplex.engine.gpu.host_step import HostStep, HostSteps
 from loraplex.engine.gpu.metadata import Metadata, StepInputs
@@ -114,43 +114,51 @@ class GpuRunner:
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> StepHandle:
-        self.forget(schedule.released_seq_ids)
-        step = self._steps.build(schedule)
-        arrivals = self._pool.arriving({d for s in schedule.scheduled for d in s.seq.digests})
-        captured = None if arrivals else self.graphs.find(step)
-        if captured is not None:
-            self._metadata.send(step, captured)
-            hidden, inputs = self.graphs.replay(captured), captured
-        else:
-            inputs = self._metadata.fresh(step)
-            self._metadata.send(step, inputs)
-
-            def wait_for_adapters(layer: int) -> None:
-                for arrival in arrivals:
-                    arrival.wait(layer)
-
-            hidden = self._forward(inputs, wait_for_adapters if arrivals else None)
-        return StepHandle(
-            num_scheduled=len(schedule.scheduled),
-            places=[i for i, s in enumerate(schedule.scheduled) if s.samples],
-            sampled=self._sample(step, inputs, hidden),
-            prompt_logprobs=self._prompt_logprobs(step, hidden),
-            over=mark(self._device),
-        )
+        """Raises: DeviceLost when the device failed for good."""
+        with faults(self._device):
+            self.forget(schedule.released_seq_ids)
+            step = self._steps.build(schedule)
+            inputs, hidden = self._run(step)
+            return StepHandle(
+                num_scheduled=len(schedule.scheduled),
+                places=[i for i, s in enumerate(schedule.scheduled) if s.samples],
+                sampled=self._sample(step, inputs, hidden),
+                prompt_logprobs=self._prompt_logprobs(step, hidden),
+                over=mark(self._device),
+            )
 
     def collect(self, handle: StepHandle) -> list[StepSample]:
+        """Raises: DeviceLost when the device failed for good."""
         samples = [StepSample()] * handle.num_scheduled
-        if handle.sampled is not None:
-            sampled = self._sampler.collect(handle.sampled)
-            for place, token_id, logprobs in zip(
-                handle.places, sampled.token_ids, sampled.logprobs, strict=True
-            ):
-                samples[place] = StepSample(token_id, logprobs)
-        wait(handle.over)
-        for place, parts in handle.prompt_logprobs:
-            found = [entry for part in parts for entry in part.collect()]
-            samples[place] = StepSample(samples[place].token_id, samples[place].logprobs, found)
+        with faults(self._device):
+            wait(handle.over)
+            if handle.sampled is not None:
+                sampled = self._sampler.collect(handle.sampled)
+                for place, token_id, logprobs in zip(
+                    handle.places, sampled.token_ids, sampled.logprobs, strict=True
+                ):
+                    samples[place] = StepSample(token_id, logprobs)
+            for place, parts in handle.prompt_logprobs:
+                found = [entry for part in parts for entry in part.collect()]
+                samples[place] = StepSample(samples[place].token_id, samples[place].logprobs, found)
         return samples
+
+    def _run(self, step: HostStep) -> tuple[StepInputs, Tensor]:
+        """Send the step and run the model, `[rows, hidden]`; the real rows come first."""
+        scheduled = step.schedule.scheduled
+        arrivals = self._pool.arriving({d for s in scheduled for d in s.seq.digests})
+        inputs = None if arrivals else self.graphs.find(step)
+        if inputs is not None:
+            self._metadata.send(step, inputs)
+            return inputs, self.graphs.replay(inputs)
+
+        def wait_for_adapters(layer: int) -> None:
+            for arrival in arrivals:
+                arrival.wait(layer)
+
+        inputs = self._metadata.fresh(step)
+        self._metadata.send(step, inputs)
+        return inputs, self._forward(inputs, wait_for_adapters if arrivals else None)
 
     def _forward(
         self, inputs: StepInputs, before_layer: Callable[[int], None] | None = None

@@ -1,4 +1,6 @@
-"""A GPU runner on a tiny model, on the CPU: operations in plain torch that read its metadata."""
+"""A GPU runner on a tiny model. On the CPU its operations are plain torch that reads its metadata;
+tests marked `gpu` have it on a GPU, with the real ones.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from torch import Tensor
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.weights import load_weights
-from loraplex.engine.gpu.graphs import RepeatedCalls
+from loraplex.engine.gpu.graphs import CudaGraphs, RepeatedCalls
 from loraplex.engine.gpu.runner import GpuRunner, RunnerLimits
+from loraplex.engine.gpu.sampler import DeviceSampler
 from loraplex.engine.loader import Checkpoint
 from loraplex.engine.model import load_decoder
 from loraplex.engine.model_config import read_model_config
 from loraplex.engine.sampling import Sampled, Sampler
 from loraplex.engine.sequence import Sequence
+from loraplex.kernels.gpu.launch import is_interpreted
+from loraplex.kernels.gpu.ops import TritonOps
 
 # `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
 for _name in ("device_ops", "meta_runner", "steps"):
@@ -66,11 +71,20 @@ class HostSampler:
         return handle.sampled
 
 
+@pytest.fixture(autouse=True)
+def _where_it_can_run(request: pytest.FixtureRequest) -> None:
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not on_gpu and not is_interpreted():
+        pytest.skip("kernels are compiled here, so they cannot run on the CPU")
+
+
 @pytest.fixture
 def make_runner(
     tiny_model: Any, tiny_adapters: Any, store_adapters: Any, tmp_path: Path
 ) -> Callable[..., tuple[GpuRunner, PagePool, dict[str, str]]]:
-    """`make_runner(family="llama", ops=DeviceOps())`: with all adapters on the device."""
+    """`make_runner(family="llama", ops=..., device=CPU)`: with all adapters on the device."""
 
     def make(
         family: str = "llama",
@@ -78,16 +92,19 @@ def make_runner(
         sampler: Any = None,
         graphs: Any = None,
         *,
+        device: torch.device = CPU,
         capture: bool = True,
         max_num_seqs: int = MAX_SEQS,
         **settings: Any,
     ) -> tuple[GpuRunner, PagePool, dict[str, str]]:
-        ops = sys.modules["device_ops"].DeviceOps() if ops is None else ops
+        on_cpu = device.type == "cpu"
+        if ops is None:
+            ops = sys.modules["device_ops"].DeviceOps() if on_cpu else TritonOps(**settings)
         model = tiny_model(family)
         config = read_model_config(model)
         with Checkpoint(model) as checkpoint:
-            decoder = load_decoder(config, checkpoint, ops, torch.float32, CPU)
-        pool = PagePool(config.num_layers, config.module_shapes, 8 << 20, torch.float32, CPU)
+            decoder = load_decoder(config, checkpoint, ops, torch.float32, device)
+        pool = PagePool(config.num_layers, config.module_shapes, 8 << 20, torch.float32, device)
         root = tmp_path / "store"
         digests = store_adapters(root, model, tiny_adapters(model))
         for digest in digests.values():
@@ -95,21 +112,21 @@ def make_runner(
             pool.install(digest, pool.build_image(weights))
         kv = ops.kv_cache(
             config.num_layers, MAX_SEQS * MAX_BLOCKS * 2, BLOCK_SIZE, config.num_kv_heads,
-            config.head_dim, torch.float32, CPU,
+            config.head_dim, torch.float32, device,
         )  # fmt: skip
         limits = RunnerLimits(
             max_num_seqs=max_num_seqs, max_num_tokens=MAX_TOKENS, max_blocks=MAX_BLOCKS
         )
-        runner = GpuRunner(
-            decoder,
-            kv,
-            pool,
-            HostSampler(config.vocab_size) if sampler is None else sampler,
-            RepeatedCalls() if graphs is None else graphs,
-            limits,
-            CPU,
-            **settings,
-        )
+        if sampler is None:
+            vocab_size = config.vocab_size
+            sampler = (
+                HostSampler(vocab_size)
+                if on_cpu
+                else DeviceSampler(vocab_size, max_num_seqs, device)
+            )
+        if graphs is None:
+            graphs = RepeatedCalls() if on_cpu else CudaGraphs()
+        runner = GpuRunner(decoder, kv, pool, sampler, graphs, limits, device, **settings)
         if capture:
             runner.graphs.capture()
         return runner, pool, digests
