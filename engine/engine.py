@@ -64,6 +64,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.on_news = on_news
+        self.on_wake: Callable[[], None] = lambda: None  # called by `wake`, in its thread
         self._runner = runner
         self._slots = slots
         self._blocks = blocks
@@ -139,11 +140,6 @@ class Engine:
         """The last step had something to run or to settle, so the next one may have, too."""
         return self._ran
 
-    @property
-    def is_loading(self) -> bool:
-        """An adapter is on its way; the step after its arrival takes it in."""
-        return self._slots.is_loading
-
     def has_work(self) -> bool:
         """There is a reason to call `step`."""
         return bool(
@@ -185,6 +181,7 @@ class Engine:
         thread.
         """
         self._wake.set()
+        self.on_wake()
 
     def _take_in_loads(self) -> None:
         for failed in self._slots.advance():

@@ -11,9 +11,9 @@ from loraplex.engine import api
 from loraplex.engine.engine import Engine, News
 from loraplex.engine.errors import EngineError
 
-# How long to sleep with work that cannot run yet: a load is under way, or an order waits.
-LOADING_POLL_S = 0.001
-WAITING_POLL_S = 0.005
+# How long to sleep with work that cannot run yet. The end of a load ends the sleep; this is how
+# late the deadline of an order, or of a wait for room, may be noticed.
+WAITING_POLL_S = 0.02
 
 
 class HostedEngine:
@@ -27,6 +27,14 @@ class HostedEngine:
         self._answers: list[api.Answer] = []
         self._is_new = False  # something came since the last step
         engine.on_news = self._note
+
+    @property
+    def on_wake(self) -> Callable[[], None]:
+        return self.engine.on_wake
+
+    @on_wake.setter
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        self.engine.on_wake = wake
 
     @property
     def model(self) -> api.ModelInfo:
@@ -67,7 +75,7 @@ class HostedEngine:
             return None
         if self._is_new or self.engine.ran_last_step:
             return 0.0
-        return LOADING_POLL_S if self.engine.is_loading else WAITING_POLL_S
+        return WAITING_POLL_S
 
     def take_events(self) -> list[api.AdapterEvent]:
         events, self._events = self._events, []

@@ -3,8 +3,8 @@
     python -m loraplex.engine.process    (started by engine/client.py, which holds its input)
 
 There is one busy thread. While there is work nothing waits; while there is none the process sleeps
-on its socket. Signals are left to the parent, whose death ends this process too. It knows the
-engine only by the protocol below.
+on its socket, and on a bell that other threads of the engine may ring. Signals are left to the
+parent, whose death ends this process too. It knows the engine only by the protocol below.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -70,6 +71,8 @@ class EngineLoop(Protocol):
     thread.
     """
 
+    on_wake: Callable[[], None]  # called, in any thread, when a sleep of `idle_s` is over early
+
     @property
     def model(self) -> ModelInfo: ...
 
@@ -90,7 +93,9 @@ class EngineLoop(Protocol):
         ...
 
     def idle_s(self) -> float | None:
-        """How long the loop may sleep unless a message comes: 0 = step at once, None = for ever."""
+        """How long the loop may sleep unless a message comes or `on_wake` is called: 0 = step at
+        once, None = for ever.
+        """
         ...
 
     def take_events(self) -> list[AdapterEvent]: ...
@@ -106,7 +111,7 @@ class EngineLoop(Protocol):
 
 class Channel:
     """The engine's ends of the two sockets. A receiver binds and a sender connects, so nothing is
-    lost.
+    lost. All methods but `wake` belong to one thread.
     """
 
     def __init__(self, to_engine: str, from_engine: str) -> None:
@@ -115,19 +120,34 @@ class Channel:
         self._in.bind(to_engine)
         self._out = new_socket(self._context, zmq.PUSH)
         self._out.connect(from_engine)
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._in, zmq.POLLIN)
+        self._poller.register(self._bell, zmq.POLLIN)
 
     def send(self, message: FromEngine) -> None:
         self._out.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, wait_s: float) -> Iterator[ToEngine]:
-        """The messages that are there, waiting up to `wait_s` seconds for a first one."""
-        if wait_s > 0 and not self._in.poll(max(1, int(wait_s * 1000))):
-            return
+        """The messages that are there, waiting up to `wait_s` seconds for a first one or `wake`."""
+        if wait_s > 0:
+            self._poller.poll(max(1, int(wait_s * 1000)))
+            with contextlib.suppress(BlockingIOError):
+                self._bell.recv(4096)
         with contextlib.suppress(zmq.Again):
             while True:
                 yield decode_to_engine(self._in.recv(zmq.NOBLOCK))
 
+    def wake(self) -> None:
+        """End the sleep in `receive`, or the next one. From any thread."""
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self._rope.send(b"!")
+
     def close(self) -> None:
+        self._bell.close()
+        self._rope.close()
         self._in.close()
         self._out.close(linger=_LAST_WORDS_MS)
         self._context.term()
@@ -236,6 +256,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     gc.disable()
+    engine.on_wake = channel.wake
     channel.send(Ready(engine.model, engine.memory()))
     try:
         serve(engine, channel)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_fakes import Bench
 
 from loraplex.engine import api
 from loraplex.engine.build import build_engine
@@ -85,6 +86,31 @@ def test_answers_are_collected_once(hosted: HostedEngine) -> None:
     assert hosted.take_answers() == []
 
 
+def test_with_nothing_to_run_it_sleeps_until_the_end_of_a_load() -> None:
+    bench = Bench(at_once=False)
+    hosted = HostedEngine(bench.engine, lambda: None)
+    rung: list[None] = []
+    hosted.on_wake = lambda: rung.append(None)
+    bench.add([1], {"a": 1.0})
+    assert bench.engine.has_work()
+    hosted.step()
+    idle_s = hosted.idle_s()
+    assert idle_s is not None
+    assert idle_s > 0
+    bench.engine.wake()  # as the loader does
+    assert rung == [None]
+
+
+def test_with_a_step_in_flight_it_never_sleeps() -> None:
+    bench = Bench(max_in_flight=1)
+    hosted = HostedEngine(bench.engine, lambda: None)
+    bench.add([1], max_tokens=3)
+    while hosted.idle_s() is not None:
+        hosted.step()
+        assert hosted.idle_s() in (0.0, None)
+    assert bench.runner.events[-1] == "collect 2"
+
+
 def test_start_up_reports_its_phases(tiny_model: Any, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     hosted = build_engine(
@@ -124,7 +150,7 @@ def test_model_info_carries_what_the_api_needs(tiny_model: Any, tmp_path: Path) 
     [
         ({"model": "/no/such/model"}, "no such directory", "model_not_found"),
         ({"device": "cuda"}, "--device cpu", "no_device"),
-        ({"backend": "triton"}, "triton", "backend_unavailable"),
+        ({"backend": "torch", "batch_invariant": True}, "batch_invariant", "backend_unavailable"),
         ({"adapter_memory": 100}, "--adapter-memory", "adapter_memory_too_small"),
         ({"kv_cache_memory": 100}, "--kv-cache-memory", "kv_cache_too_small"),
         ({"max_model_len": 10_000}, "--max-model-len", "max_model_len_exceeded"),

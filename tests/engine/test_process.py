@@ -157,6 +157,18 @@ def test_an_idle_engine_sleeps(parent: Parent, engine: Any):
     assert engine.steps == 0
 
 
+def test_a_bell_from_another_thread_ends_a_sleep(parent: Parent) -> None:
+    channel = Channel(parent.to_engine + "2", parent.from_engine)
+    for _ in range(2):
+        ringer = threading.Thread(target=channel.wake)
+        ringer.start()
+        assert list(channel.receive(1000)) == []  # would exceed the test's time limit
+        ringer.join()
+    for _ in range(100_000):  # more than the bell can hold
+        channel.wake()
+    channel.close()
+
+
 def test_errors_keep_class_and_code_on_the_way():
     plain = QueueFull("full")
     special = AdapterUnavailable("gone", code="adapter_not_found")
