@@ -29,6 +29,7 @@ from loraplex.kernels.gpu.configurations import Configuration, distinct
 from loraplex.kernels.gpu.launch import Launch, is_interpreted
 from loraplex.kernels.gpu.ops import TritonOps
 from loraplex.kernels.gpu.used_kernels import recorded_launches
+from loraplex.kernels.gpu.wgmma_registers import overwritten_operands
 from loraplex.kernels.model_shapes import SHAPES
 
 WARP_SIZE = 32
@@ -41,7 +42,8 @@ class Compiled:
 
     spilled_bytes: the stack of a thread. Our kernels keep no arrays, so all of it is registers that
     found no room. wide_loads, loads: load instructions from global memory of 16 bytes, and all of
-    them; matrix: `mma.sync` instructions; warpgroup: `wgmma`.
+    them; matrix: `mma.sync` instructions; warpgroup: `wgmma`, of which `unsafe` may lose an operand
+    (see `wgmma_registers`).
     """
 
     kernel: str
@@ -57,6 +59,7 @@ class Compiled:
     async_copies: int = 0
     matrix: int = 0
     warpgroup: int = 0
+    unsafe: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -121,7 +124,8 @@ def _compile(configuration: Configuration, launch: Launch, arch: int) -> Compile
     def count(pattern: str) -> int:
         return len(re.findall(pattern, ptx))
 
-    registers, stack, _ = _resources(kernel.asm["cubin"])
+    cubin, warpgroup = kernel.asm["cubin"], count(r"wgmma\.mma")
+    registers, stack, _ = _resources(cubin)
     return Compiled(
         **about,
         registers=registers,
@@ -131,22 +135,27 @@ def _compile(configuration: Configuration, launch: Launch, arch: int) -> Compile
         loads=count(r"ld\.global"),
         async_copies=count(r"cp\.async\.c"),
         matrix=count(r"mma\.sync"),
-        warpgroup=count(r"wgmma\.mma"),
+        warpgroup=warpgroup,
+        unsafe=len(overwritten_operands(_read(cubin, "--dump-sass"))) if warpgroup else 0,
         seconds=time.perf_counter() - start,
     )
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
     """(registers, stack bytes, static shared bytes) of the kernel in a binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = _read(cubin, "--dump-resource-usage")
     found = _USAGE.search(said)
     assert found, f"cuobjdump names no resources: {said}"
     registers, stack, shared = map(int, found.groups())
     return registers, stack, shared
+
+
+def _read(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
