@@ -63,9 +63,12 @@ class Groups:
 def find_peaks(rows: SampleRows, *, sums: bool) -> Peaks:
     num_rows, vocab = rows.logits.shape
     groups = Groups.of(vocab)
-    shape = (2 if sums else 1, num_rows, groups.count)
-    out = torch.empty(shape, dtype=torch.float32, device=rows.logits.device)
-    found = Peaks(out[0], out[1] if sums else None, groups)
+
+    def results() -> Tensor:  # each its own: a slice's alignment would change with the rows
+        shape = (num_rows, groups.count)
+        return torch.empty(shape, dtype=torch.float32, device=rows.logits.device)
+
+    found = Peaks(results(), results() if sums else None, groups)
     launch(
         _peaks_kernel,
         (num_rows, triton.cdiv(groups.count, groups.per_tile)),

@@ -17,7 +17,8 @@ from loraplex.engine.gpu.device_logprobs import PromptLogprobs
 from loraplex.engine.gpu.sampler import DeviceSampler
 from loraplex.engine.sampling import Sampler, token_logprobs
 from loraplex.engine.sequence import Sequence
-from loraplex.kernels.gpu.launch import recording
+from loraplex.kernels.gpu.configurations import distinct, kernel_name
+from loraplex.kernels.gpu.launch import Launch, recording
 
 ALL_CASES: dict[str, dict[str, Any]] = {
     **CASES,
@@ -212,23 +213,35 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(names: list[str]) -> list[str]:
+def launches(names: list[str]) -> list[Launch]:
     sequences = [make_sequence((1, 2), **ALL_CASES[name]) for name in names]
     items = [(seq, row, 2) for row, seq in enumerate(sequences)]
     device = DeviceSampler(VOCAB, ROWS, CPU)
     with Waits() as waits, recording() as notes:
         device.launch(make_logits(len(names)), items, torch.zeros(ROWS, dtype=torch.int64))
     assert waits.found == []
-    return [note.kernel.__name__.strip("_").removesuffix("_kernel") for note in notes]
+    return notes
 
 
 def test_rows_pay_for_what_they_ask_only() -> None:
-    assert launches(["greedy", "greedy"]) == ["peaks", "likeliest"]
-    assert launches(["greedy", "top_p"]) == ["peaks", "draw"]
-    assert launches(["temperature", "bias"]) == ["edit", "peaks", "draw"]
-    assert launches(["greedy with penalties"]) == [
+    def kernels(*names: str) -> list[str]:
+        return [kernel_name(launch.kernel) for launch in launches(list(names))]
+
+    assert kernels("greedy", "greedy") == ["peaks", "likeliest"]
+    assert kernels("greedy", "top_p") == ["peaks", "draw"]
+    assert kernels("temperature", "bias") == ["edit", "peaks", "draw"]
+    assert kernels("greedy with penalties") == [
         "count", "edit", "peaks", "likeliest", "survey", "logprobs",
     ]  # fmt: skip
+
+
+def test_one_compilation_serves_every_number_of_rows() -> None:
+    """Nothing that is specialised on, the alignment of a slice say, may depend on it: compiling
+    takes seconds, in the middle of a step."""
+    names = ["penalties", "logprobs"]
+    expected = set(distinct(launches(names)))
+    for rows in (3, 4, 5, 8):
+        assert set(distinct(launches((names * rows)[:rows]))) == expected
 
 
 def test_waits_would_be_found() -> None:
