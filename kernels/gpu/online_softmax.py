@@ -46,9 +46,7 @@ def load_blocks(table, start, end, n, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def page_offsets(
-    head, n, d, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):  # fmt: skip
+def page_offsets(head, n, d, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """The fixed part of one head's element offsets, `[BN, DIM]`."""
     return ((head * BLOCK_SIZE + n % BLOCK_SIZE) * HEAD_DIM)[:, None] + d[None, :]
 
