@@ -22,7 +22,7 @@ NUM_TOP = 4  # likeliest tokens whose log-probabilities are asked for
 
 
 class SampleStep:
-    """Rows of random logits; rows are greedy, top-k 1, and top-k `TOP_K` in turn."""
+    """Rows of random logits; rows are greedy, top-k 1, and top-k `TOP_K` with a top-p in turn."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         records = np.zeros(rows, dtype=RECORD)
@@ -30,7 +30,7 @@ class SampleStep:
         records["inverse_temperature"] = 1 / 0.8
         records["greedy"] = np.arange(rows) % 3 == 0
         records["top_k"] = np.array([0, 1, TOP_K])[np.arange(rows) % 3]
-        records["top_p"] = 1.0
+        records["top_p"] = np.where(np.arange(rows) % 3 == 2, 0.9, 1.0)
         records["min_p"] = np.where(records["greedy"] == 1, 1.0, 0.0)
         records["state_row"] = np.arange(rows)
         records["edit_slot"] = -1
