@@ -150,15 +150,15 @@ def test_preempted_and_cancelled_between_steps_in_flight(
     settings = {"kv_cache_memory": 4 * block, "max_model_len": 48, "enable_prefix_cache": False}
     drivers = [make_driver(backend, **settings) for backend in ("torch", "triton")]
     cases: list[Case] = [
-        (make_prompt(14), ("qv",)),
-        (make_prompt(15, 1), ()),
-        (make_prompt(13, 2), ("qv",)),
+        (make_prompt(10), ("qv",)),
+        (make_prompt(11, 1), ()),
+        (make_prompt(12, 2), ("qv",)),
     ]
     made = []
     for driver in drivers:
         driver.run([(make_prompt(2), ("qv",))], max_tokens=1)  # its adapter is there, so all begin
         doomed = driver.add((make_prompt(5, 3), ()), max_tokens=20)
-        names = [driver.add(case, max_tokens=6) for case in cases]
+        names = [driver.add(case, max_tokens=9) for case in cases]
         for _ in range(3):
             driver.step()
         assert driver.tokens[doomed], "it should run when it is cancelled"
