@@ -12,8 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.gpu.common import RANKS, load_t_row, load_t_rows, load_tile
-from loraplex.kernels.gpu.delta import find_page, row_times_page, rows_times_page
+from loraplex.kernels.gpu.common import (
+    RANKS,
+    dot,
+    load_ranks,
+    load_t_planes,
+    load_t_rows,
+    load_tile,
+)
+from loraplex.kernels.gpu.delta import find_page
 from loraplex.kernels.gpu.expand import page_operands
 from loraplex.kernels.gpu.launch import launch
 from loraplex.kernels.gpu.norm import check_norm, norm_row, norm_warps, rms_norm
@@ -115,25 +122,38 @@ def _add_norm_kernel(
     """
     index = tl.program_id(1)
     first_row, rows, first_entry, entries, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
+    # One condition, so that the tile and the count are asked for together.
+    if (index >= tl.load(count)) | (rows == 0):
         return
     first_column = tl.program_id(0) * COLUMNS
     if (rows == 1) & (not MATRIX_ONLY):
         columns = first_column + tl.arange(0, COLUMNS)
         inside = columns < WIDTH
         at = first_row.to(tl.int64) * WIDTH + columns
-        total = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(y + at, mask=inside, other=0.0)
+        base = tl.load(residual + at, mask=inside, other=0.0)
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
         if PLANES > 0:
-            for entry in range(entries):
+            if entries > 0:
                 offset, live, scale = find_page(
                     page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
-                    first_entry + entry, layer, module,
+                    first_entry, layer, module,
                 )  # fmt: skip
-                if offset >= 0:
-                    t_at = (t_start + entry) * RANKS
-                    t_row = load_t_row(t, plane_stride, t_at, PLANES, PLANES_POW2) * scale
-                    total += row_times_page(t_row, arena, offset, live, WIDTH, columns, inside)
+                for i in range(entries):
+                    # All that this page needs is asked for, and where the next one lies, before
+                    # anything is waited for.
+                    t_at = (t_start + i) * RANKS
+                    planes = load_t_planes(t, plane_stride, t_at, PLANES, PLANES_POW2)
+                    b = load_ranks(arena, offset, live, WIDTH, columns, inside)
+                    t_scale, used = scale, tl.arange(0, RANKS) < live
+                    offset, live, scale = find_page(
+                        page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
+                        first_entry + tl.minimum(i + 1, entries - 1), layer, module,
+                    )  # fmt: skip
+                    # T of a module that the page does not adapt is not written: never use it.
+                    t_row = tl.where(used, tl.sum(planes, 0), 0.0) * t_scale
+                    total += tl.sum(b.to(tl.float32) * t_row[:, None], 0)
+        total += added.to(tl.float32) + base.to(tl.float32)
         tl.store(residual + at, total.to(residual.dtype.element_ty), mask=inside)
     else:
         row = tl.arange(0, ROWS)
@@ -147,14 +167,15 @@ def _add_norm_kernel(
             acc += tl.load(residual + row_at + some[None, :], mask=mask, other=0.0).to(tl.float32)
             if PLANES > 0:
                 for j in range(entries):
-                    tile_at, ranks, factor = find_page(
+                    b_at, ranks, factor = find_page(
                         page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
                         first_entry + j, layer, module,
                     )  # fmt: skip
-                    if tile_at >= 0:
+                    if b_at >= 0:
+                        b_tile = load_ranks(arena, b_at, ranks, WIDTH, some, fits)
                         t_rows_at = (t_start + row * entries + j) * RANKS
                         t_rows = load_t_rows(t, plane_stride, t_rows_at, real, PLANES) * factor
-                        acc = rows_times_page(acc, t_rows, arena, tile_at, ranks, WIDTH, some, fits)
+                        acc = dot(t_rows.to(b_tile.dtype), b_tile, acc)
             tl.store(
                 residual + row_at + some[None, :], acc.to(residual.dtype.element_ty), mask=mask
             )

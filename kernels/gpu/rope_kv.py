@@ -10,8 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex.kernels.gpu.common import RANKS, load_t_row, load_t_rows, load_tile
-from loraplex.kernels.gpu.delta import find_page, row_times_page, rows_times_page
+from loraplex.kernels.gpu.common import (
+    RANKS,
+    dot,
+    load_ranks,
+    load_t_planes,
+    load_t_rows,
+    load_tile,
+)
+from loraplex.kernels.gpu.delta import find_page
 from loraplex.kernels.gpu.expand import page_operands
 from loraplex.kernels.gpu.kv_cache import PagedKVCache
 from loraplex.kernels.gpu.launch import launch
@@ -19,7 +26,8 @@ from loraplex.kernels.gpu.shrink import Shrunk
 from loraplex.kernels.gpu.work import LARGE_ROWS, SMALL_ROWS, LoraWork, TileList
 from loraplex.kernels.ops import Module, PageTables
 
-SMALL_PAIRS = 256  # pairs of columns of one program on the small path: four heads of 128
+SMALL_PAIRS = 256  # pairs of columns of a decode program: four heads of 128
+LARGE_HEADS = 2  # heads of a prefill program, which finds T, cos and sin in cache for the second
 _T_ENTRY = tl.constexpr(3 * 16)  # fp32 values of a T entry: q, k, v
 _Q = tl.constexpr(int(Module.Q))
 
@@ -78,18 +86,16 @@ def rope_kv(
             num_warps=4 if small else 8,
         )  # fmt: skip
 
-    small_heads = _small_block_heads(kv.num_kv_heads, dim)
+    small_heads = power_of_2_within(min(kv.num_kv_heads, 2 * SMALL_PAIRS // dim))
+    large_heads = power_of_2_within(min(kv.num_kv_heads, LARGE_HEADS))
     start(work.small, None if shrunk is None else shrunk.small, SMALL_ROWS, small_heads)
-    start(work.large, None if shrunk is None else shrunk.large, LARGE_ROWS, 1)
+    start(work.large, None if shrunk is None else shrunk.large, LARGE_ROWS, large_heads)
     return q
 
 
-def _small_block_heads(num_kv_heads: int, head_dim: int) -> int:
-    wide = max(1, 2 * SMALL_PAIRS // head_dim)
-    heads = 1
-    while 2 * heads <= min(wide, num_kv_heads):
-        heads *= 2
-    return heads
+def power_of_2_within(limit: int) -> int:
+    """The largest power of two up to `limit`, at least 1."""
+    return 1 << max(limit, 1).bit_length() - 1
 
 
 def _check(
@@ -133,7 +139,8 @@ def _rope_kv_kernel(
     """
     index = tl.program_id(1)
     row0, rows, first_entry, entries, t_start = load_tile(tiles, index)
-    if index >= tl.load(count):
+    # One condition, so that the tile and the count are asked for together.
+    if (index >= tl.load(count)) | (rows == 0):
         return
     DIM: tl.constexpr = 2 * HALF
     WIDTH: tl.constexpr = (Q_HEADS + 2 * KV_HEADS) * DIM
@@ -158,20 +165,35 @@ def _rope_kv_kernel(
             mask = (pairs < HALF) & (heads < part_heads)
         row = row0.to(tl.int64)
         source = qkv + row * WIDTH + part_head * DIM + columns
-        a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        a_base = tl.load(source, mask=mask, other=0.0)
+        b_base = tl.load(source + HALF, mask=mask, other=0.0)
+        a = tl.zeros([HEADS * HALF_BLOCK], dtype=tl.float32)
+        b = tl.zeros([HEADS * HALF_BLOCK], dtype=tl.float32)
         if PLANES > 0:
-            for i in range(entries):
+            if entries > 0:
                 offset, live, scale = find_page(
                     page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
-                    first_entry + i, layer, _Q + part,
+                    first_entry, layer, _Q + part,
                 )  # fmt: skip
-                if offset >= 0:
+                for i in range(entries):
+                    # All that this page needs is asked for, and where the next one lies, before
+                    # anything is waited for.
                     at = (t_start + i) * _T_ENTRY + part * RANKS
-                    t_row = load_t_row(t, plane_stride, at, PLANES, PLANES_POW2) * scale
+                    planes = load_t_planes(t, plane_stride, at, PLANES, PLANES_POW2)
                     width = part_heads * DIM
-                    a += row_times_page(t_row, arena, offset, live, width, columns, mask)
-                    b += row_times_page(t_row, arena, offset, live, width, columns + HALF, mask)
+                    b_a = load_ranks(arena, offset, live, width, columns, mask)
+                    b_b = load_ranks(arena, offset, live, width, columns + HALF, mask)
+                    t_scale, used = scale, tl.arange(0, RANKS) < live
+                    offset, live, scale = find_page(
+                        page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
+                        first_entry + tl.minimum(i + 1, entries - 1), layer, _Q + part,
+                    )  # fmt: skip
+                    # T of a module that the page does not adapt is not written: never use it.
+                    t_row = tl.where(used, tl.sum(planes, 0), 0.0) * t_scale
+                    a += tl.sum(b_a.to(tl.float32) * t_row[:, None], 0)
+                    b += tl.sum(b_b.to(tl.float32) * t_row[:, None], 0)
+        a += a_base.to(tl.float32)
+        b += b_base.to(tl.float32)
         if part == 0:
             if q_norm is not None:
                 a, b = _norm_row(a, b, q_norm, pairs, mask, eps, HALF, HALF_BLOCK, HEADS)
@@ -202,24 +224,26 @@ def _rope_kv_kernel(
         for head in range(head0, tl.minimum(head0 + HEADS, part_heads)):
             column = head * DIM + pair
             source_at = qkv + row_at * WIDTH + part_head * DIM + column[None, :]
-            c = tl.load(source_at, mask=inside, other=0.0).to(tl.float32)
-            d = tl.load(source_at + HALF, mask=inside, other=0.0).to(tl.float32)
+            c_base = tl.load(source_at, mask=inside, other=0.0)
+            d_base = tl.load(source_at + HALF, mask=inside, other=0.0)
+            c = tl.zeros([ROWS, HALF_BLOCK], dtype=tl.float32)
+            d = tl.zeros([ROWS, HALF_BLOCK], dtype=tl.float32)
             if PLANES > 0:
                 for j in range(entries):
-                    tile_at, live_at, factor = find_page(
+                    b_at, ranks, factor = find_page(
                         page_ids, page_weights, offset_b, live_ranks, scaling, num_layers,
                         first_entry + j, layer, _Q + part,
                     )  # fmt: skip
-                    if tile_at >= 0:
+                    if b_at >= 0:
+                        part_width = part_heads * DIM
+                        b_c = load_ranks(arena, b_at, ranks, part_width, column, fits)
+                        b_d = load_ranks(arena, b_at, ranks, part_width, column + HALF, fits)
                         t_at = (t_start + index_in_tile * entries + j) * _T_ENTRY + part * RANKS
                         t_rows = load_t_rows(t, plane_stride, t_at, real, PLANES) * factor
-                        part_width = part_heads * DIM
-                        c = rows_times_page(
-                            c, t_rows, arena, tile_at, live_at, part_width, column, fits
-                        )
-                        d = rows_times_page(
-                            d, t_rows, arena, tile_at, live_at, part_width, column + HALF, fits
-                        )
+                        c = dot(t_rows.to(b_c.dtype), b_c, c)
+                        d = dot(t_rows.to(b_d.dtype), b_d, d)
+            c += c_base.to(tl.float32)
+            d += d_base.to(tl.float32)
             if part == 0:
                 if q_norm is not None:
                     c, d = _norm_rows(c, d, q_norm, pair, fits, eps, HALF)
