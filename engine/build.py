@@ -184,7 +184,7 @@ def _memory_info(
 ) -> MemoryInfo:
     """The bytes that do not change; the engine fills in what is used."""
     return MemoryInfo(
-        weights_bytes=decoder.nbytes,
+        weights_bytes=decoder.nbytes if plan.shares_host else plan.weights_bytes,
         kv_cache_bytes=kv_cache.nbytes,
         kv_block_bytes=plan.kv_block_bytes,
         kv_blocks_total=plan.num_kv_blocks,

@@ -65,7 +65,7 @@ def measured_plan(
         return make_gpu_runner(config, decoder, kv, pool, max_len, device)
 
     on_progress("memory", 0, 1)
-    measured = measure_gpu(config, before, decoder.nbytes, one_frame, make_runner, max_len, device)
+    measured = measure_gpu(config, before, one_frame, make_runner, max_len, device)
     on_progress("memory", 1, 1)
     return plan_gpu_memory(config, model, dtype, measured, device_memory(torch.device("cpu")))
 

@@ -30,13 +30,14 @@ MakeRunner = Callable[[PagePool, int], GpuRunner]  # pool, blocks of the KV cach
 def measure_gpu(
     config: EngineConfig,
     before: Memory,
-    weights: int,
     pool: PagePool,
     make_runner: MakeRunner,
     max_len: int,
     device: torch.device,
 ) -> MeasuredGpu:
-    """pool: a small one, to be thrown away. max_len: tokens of the longest sequence."""
+    """before: the GPU's memory when nothing was loaded. pool: a small one, to be thrown away.
+    max_len: tokens of the longest sequence.
+    """
     max_num_seqs, max_num_tokens = config.step_sizes
 
     def largest_step() -> None:
@@ -50,9 +51,9 @@ def measure_gpu(
     # A captured step of S rows needs about what S rows of the measured one did, once for all.
     graphs = num_graphs * GRAPH_BYTES + step * max_num_seqs // max_num_tokens
     logger.debug("a step takes %s, %d graphs %s", size(step), num_graphs, size(graphs))
-    return MeasuredGpu(
-        before=before, now=device_memory(device), weights=weights, step=step, graphs=graphs
-    )
+    now = device_memory(device)
+    weights = before.free - now.free
+    return MeasuredGpu(before=before, now=now, weights=weights, step=step, graphs=graphs)
 
 
 def largest_runs(max_num_seqs: int, max_num_tokens: int, max_len: int) -> list[tuple[int, int]]:
