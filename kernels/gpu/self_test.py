@@ -11,9 +11,13 @@ Knows operations and their inputs; which kernels they start is read from a recor
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu import expected
 from loraplex.kernels.gpu.configurations import Configuration, distinct
-from loraplex.kernels.gpu.launch import Launch, limit_stages, recording
+from loraplex.kernels.gpu.launch import Launch, is_interpreted, limit_stages, recording
 from loraplex.kernels.gpu.layer_checks import (
     Pair,
     check_add_norm,
@@ -33,9 +37,10 @@ from loraplex.kernels.gpu.layer_checks import (
     check_swiglu,
     fill,
 )
+from loraplex.kernels.gpu.ops import TritonOps
 from loraplex.kernels.gpu.sample_checks import SampleStep
 from loraplex.kernels.gpu.used_kernels import DECODES, PREFILLS, steps_of
-from loraplex.kernels.model_shapes import ModelShape
+from loraplex.kernels.model_shapes import SHAPES, ModelShape
 from loraplex.kernels.ops import GATE_UP, QKV, Module, Ops
 from loraplex.kernels.random_step import RMS_EPS, LayerStep
 from loraplex.kernels.versions import versions
@@ -239,3 +244,39 @@ def _after_shrink(
         lambda: start(mine, step.shrink(modules)),
         lambda: run(mine, step.shrink(modules)),
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Of `python -m loraplex.kernels.gpu.self_test`: the last line is JSON, 1 means unsound."""
+    parser = argparse.ArgumentParser(prog="loraplex.kernels.gpu.self_test", description=__doc__)
+    parser.add_argument("--shape", action="append", choices=sorted(SHAPES))
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--batch-invariant", action="store_true", help="those kernels, too")
+    chosen = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not is_interpreted():
+        print(json.dumps({"error": "no CUDA device, and TRITON_INTERPRET is not set"}))
+        return 2
+    shapes = chosen.shape or (["tiny"] if device.type == "cpu" else ["llama-3-8b"])
+    findings: list[Finding] = []
+    started = time.monotonic()
+    for invariant in (False, True) if chosen.batch_invariant else (False,):
+        for name in shapes:
+            for dtype in chosen.dtype or ["bfloat16"]:
+                torch.manual_seed(0)
+                ops = TritonOps(batch_invariant=invariant)
+                findings += self_test(ops, SHAPES[name], getattr(torch, dtype), device)
+    sound = all(finding.remedied for finding in findings)
+    report = {
+        "sound": sound,
+        "shapes": shapes,
+        "findings": [{"text": str(finding), **asdict(finding)} for finding in findings],
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(device),
+    }
+    print(json.dumps(report))
+    return 0 if sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
