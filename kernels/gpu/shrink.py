@@ -7,6 +7,7 @@ BGMV (2310.18547), S-LoRA (2311.03285); pages of 16 ranks and planes instead of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,11 @@ def shrink(
 
     def room(planes: int, entries: int) -> Tensor:
         shape = (planes, entries, count * PAGE_RANKS)
+        if math.prod(shape) >= 1 << 31:
+            raise ValueError(
+                f"{entries} (row, page) pairs need {math.prod(shape)} values of T, more than the "
+                "kernels can address (2**31); take fewer tokens per step or fewer adapters per row"
+            )
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     small = large = None

@@ -125,3 +125,6 @@ def test_refusals() -> None:
         shrink(x, step.tables, step.work, 0, (Module.Q, Module.V))
     with pytest.raises(ValueError, match="small_only"):
         shrink(x, step.tables, step.work, 0, GATE_UP, batch_invariant=True)
+    crowded = replace(step.work, large_entries=1 << 26)
+    with pytest.raises(ValueError, match="fewer tokens per step"):
+        shrink(x, step.tables, crowded, 0, GATE_UP)
