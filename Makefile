@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 MODEL  ?=
 ARGS   ?=
+OUT    ?=
 LAYERS := platform engine adapters kernels migrations
 
-.PHONY: init demo serve test lint types imports unit fmt bench clean
+.PHONY: init demo serve test lint types imports unit fmt bench gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Loraplex needs Python 3.11 or newer; try `make PYTHON=python3.12 ...`")'
@@ -46,6 +47,11 @@ unit: $(STAMP)
 
 bench: $(STAMP)                   ## the README's tables
 	$(BIN)/loraplex bench table $(ARGS)
+
+gpu:                              ## on a GPU: correctness, then all GPU benches; make gpu OUT=folder
+	@test -n "$(OUT)" || { echo 'usage: make gpu OUT=<folder> [ARGS="--peer vllm=<unpacked wheel> ..."]'; exit 2; }
+	@mkdir -p .ns/loraplex && for d in $(LAYERS); do ln -sfn ../../$$d .ns/loraplex/$$d; done
+	PYTHONPATH=.ns $(PYTHON) -m loraplex.engine.bench --all --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

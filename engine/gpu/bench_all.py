@@ -6,6 +6,7 @@ costs its own result only. Leaves a JSON and a log of each in a folder, and a su
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 TOTAL_SECONDS = 570.0  # of all parts
 STARTING_SECONDS = 15.0  # of a process, before its own clock starts
 LEAST_SECONDS = 25.0  # a part is not begun with less
+DRY_PARTS = ("self-test", "kernels-decode", "engine-llama-3-8b")
+SOURCE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ def parts(*, dry_run: bool, peers: Sequence[str], commit: str | None) -> list[Pa
 
     every = [
         Part("self-test", (*self_test, *shapes), 100),
+        *tests_on_gpu(SOURCE),
         kernel_cases("kernels-decode", 100, "machine", "decode"),
         model("llama-3-8b", 90),
         kernel_cases("kernels-layer", 60, "machine", "layer"),
@@ -61,8 +65,18 @@ def parts(*, dry_run: bool, peers: Sequence[str], commit: str | None) -> list[Pa
         Part("self-test-fp16", (*self_test, "--dtype", "float16", "--batch-invariant"), 60),
     ]
     if dry_run:
-        return [every[0], every[1], every[2]]
+        return [part for part in every if part.name in DRY_PARTS]
     return every
+
+
+def tests_on_gpu(source: Path) -> list[Part]:
+    """The tests marked `gpu`, where the sources are at hand and pytest is installed."""
+    config = source / "tests" / "gpu.ini"
+    if not config.exists() or importlib.util.find_spec("pytest") is None:
+        return []
+    folders = [str(source / "tests" / layer) for layer in ("engine", "kernels")]
+    options = ("-q", "-m", "gpu", "-c", str(config), "--rootdir", str(source))
+    return [Part("tests", ("-m", "pytest", *options, *folders), 110)]
 
 
 def run_all(

@@ -207,11 +207,22 @@ def test_every_part_is_a_command_its_program_accepts(monkeypatch: pytest.MonkeyP
     }
     for part in parts(dry_run=False, peers=[], commit="abc"):
         module, arguments = part.command[1], list(part.command[2:])
+        if module == "pytest":
+            continue
         if module != "loraplex.kernels.gpu.self_test":
             arguments.append("--dry-run")  # this machine has no GPU
         before = len(seen)
         assert mains[module](arguments) == 0, part.name
         assert len(seen) > before, part.name
+
+
+def test_tests_are_a_part_where_the_sources_are(tmp_path: Path) -> None:
+    (part,) = bench_all.tests_on_gpu(bench_all.SOURCE)
+    assert part.command[:2] == ("-m", "pytest")
+    for word in part.command:
+        if word.startswith("/"):
+            assert Path(word).exists(), word
+    assert bench_all.tests_on_gpu(tmp_path) == []
 
 
 def small_parts(*commands: tuple[str, str]) -> Any:
