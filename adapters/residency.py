@@ -1,7 +1,7 @@
 """The words of adapter residency: states, sizes, and the protocol of whoever moves the bytes.
 
-`slots.py` decides what should be where; a `Loader` moves it. Standard library only, and no import
-from the engine: `AdapterState` has the same values as the wire's enum of that name.
+`load_planner.py` decides what should be where; a `Loader` moves it. Standard library only, and no
+import from the engine: `AdapterState` has the same values as the wire's enum of that name.
 """
 
 from __future__ import annotations

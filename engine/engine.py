@@ -22,9 +22,10 @@ from collections.abc import Callable
 
 import msgspec
 
+from loraplex.adapters.books import Rank
 from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.residency import AdapterState
-from loraplex.adapters.slots import AdapterSlots, Rank
+from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
 from loraplex.engine.api import ErrorInfo, FinishReason, SequenceOutput
 from loraplex.engine.block_manager import BlockManager

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import msgspec
 
+from loraplex.adapters.books import Rank, Resident, WantFailed
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.slots import AdapterSlots, Rank, Resident, WantFailed
+from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
 from loraplex.engine.errors import AdapterInUse, AdapterUnavailable, EngineError, InvalidRequest
 

@@ -16,9 +16,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from loraplex.adapters.books import WantFailed
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
 from loraplex.adapters.residency import AdapterSize, AdapterState, LoadDone, Stage
-from loraplex.adapters.slots import AdapterSlots, WantFailed
+from loraplex.adapters.slots import AdapterSlots
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 20, "e": 30}
 
