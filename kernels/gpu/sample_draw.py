@@ -129,7 +129,7 @@ def _draw_kernel(
     if (top_k > 0) | (min_p > 0):
         holds = real
         if top_k > 0:
-            bar = _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS, SPARE)
+            bar = _bar_of_peaks(top, real, peak, top_k, SPARE)
             num_listed = _list_groups(real & (top >= bar), group, listed)
             bar = _bar_of_tokens(
                 logits, stride, edited, slot, row, listed, num_listed, bar, peak, top_k,
@@ -243,14 +243,12 @@ def _invert(
 
 
 @triton.jit
-def _bar_of_peaks(top, real, peak, top_k, NUM_GROUPS: tl.constexpr, SPARE: tl.constexpr):
+def _bar_of_peaks(top, real, peak, top_k, SPARE: tl.constexpr):
     """A bar that at least `top_k` groups reach, so at least as many tokens; -inf if there are not
     so many groups. As high as can be.
     """
     low = _order(tl.full((), LOWEST, tl.float32), SPARE)
     high = _order(peak, SPARE)
-    if top_k > NUM_GROUPS:
-        high = low
     while low < high:
         middle = _between(low, high)
         count = tl.sum((real & (top >= _value(middle, SPARE))).to(tl.int32), 0)
