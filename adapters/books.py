@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from loraplex.adapters.eviction import Use, UseClock
 from loraplex.adapters.residency import AdapterSize, AdapterState, LoadDone, Loader, Stage
 
 Rank = tuple[int, int]  # (priority, arrival)
@@ -36,7 +37,9 @@ class Resident:
     evict_after_drain: bool = False  # drained by order of an operator, not for room
     loaded_at: float | None = None  # clock
     last_used_at: float | None = None  # clock
-    tick: int = 0  # of the last use, for LRU
+    tick: int = 0  # of the last use, a load included
+    use: Use = field(default_factory=Use)  # by sequences that ran
+    load_seconds: dict[Stage, float] = field(default_factory=dict)  # of the last load
     no_room_since: float | None = None  # first time its load found no room on the device
     hits: int = 0
     loads: int = 0
@@ -85,6 +88,7 @@ class Books:
         self.load_seconds = 0.0  # of both stages, ever
         self._loader = loader
         self._ticks = 0
+        self._uses = UseClock()
 
     def open(self, digest: str) -> Resident:
         """Its books, begun now if there are none. Raises: AdapterError when it cannot be loaded."""
@@ -100,6 +104,23 @@ class Books:
         resident.tick = self._ticks
         resident.last_used_at = self.clock()
         self.changed = True
+
+    def count_use(self, resident: Resident) -> None:
+        """A sequence begins to run on it."""
+        self._uses.num_adapters = len(self.residents)
+        self._uses.count(resident.use)
+        self.touch(resident)
+
+    def worth(self, resident: Resident, tier: Stage) -> float:
+        """What keeping it in a tier is worth (`eviction.py`); it would be reloaded from below."""
+        size, seconds = resident.size, resident.load_seconds
+        if tier is Stage.HOST:
+            cost, num_bytes = seconds.get(Stage.HOST, 0.0), size.host_bytes
+        else:
+            cost, num_bytes = seconds.get(Stage.DEVICE, 0.0), size.device_bytes
+            if not resident.has_host_image:
+                cost += seconds.get(Stage.HOST, 0.0)
+        return self._uses.worth(resident.use, num_bytes, cost)
 
     def change(self, resident: Resident, state: AdapterState, detail: str = "") -> None:
         now = self.clock()
@@ -171,7 +192,9 @@ class Books:
         self.load_seconds += done.seconds
         if not done.ok:
             self._fail(resident, done)
-        elif done.stage is Stage.HOST:
+            return
+        resident.load_seconds[done.stage] = done.seconds
+        if done.stage is Stage.HOST:
             resident.has_host_image = True
             self.touch(resident)
             self.change(resident, AdapterState.HOST)

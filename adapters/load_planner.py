@@ -5,7 +5,8 @@ The rules, in the order of the queue of wants:
 * nothing is evicted that a running sequence, a pin or an equally early or earlier want needs;
 * a load to the host may run ahead of room on the device; it then waits, and its requests with it,
   for a "slot";
-* among what may go, the unwanted go before the latest wanted, the longest unused first;
+* among what may go, the unwanted go before the latest wanted, then what is worth least
+  (`eviction.py`), then the longest unused;
 * a want that waits for room longer than `patience_s` starts to drain unpinned adapters that
   others keep busy: no new sequence may start on those, so their last running one frees the room.
   Nobody starves.
@@ -18,6 +19,8 @@ S-LoRA: 2311.03285. Standard library only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from loraplex.adapters.books import LOADING, Books, Rank, Resident
 from loraplex.adapters.errors import AdapterError
@@ -138,7 +141,7 @@ class LoadPlanner:
         victims: list[Resident] = []
         if missing > 0:
             leavers = [r for r in self._books.residents.values() if _may_leave_device(r, rank)]
-            for victim in sorted(leavers, key=_least_useful_first):
+            for victim in sorted(leavers, key=self._least_useful_on(Stage.DEVICE)):
                 victims.append(victim)
                 missing -= victim.size.device_bytes
                 if missing <= 0:
@@ -157,11 +160,23 @@ class LoadPlanner:
         if books.host_bytes_used + num_bytes <= books.host_bytes_total:
             return True
         leavers = [r for r in books.residents.values() if _may_leave_host(r, rank)]
-        for victim in sorted(leavers, key=_least_useful_first):
+        for victim in sorted(leavers, key=self._least_useful_on(Stage.HOST)):
             books.drop_host(victim, "makes room on the host")
             if books.host_bytes_used + num_bytes <= books.host_bytes_total:
                 return True
         return books.host_bytes_used == 0
+
+    def _least_useful_on(self, tier: Stage) -> Callable[[Resident], tuple[object, ...]]:
+        """A sort key: unwanted before wanted; of the wanted the latest first."""
+
+        def key(r: Resident) -> tuple[object, ...]:
+            worth = self._books.worth(r, tier)
+            if not r.wants:
+                return (False, (0, 0), worth, r.tick)
+            priority, arrival = r.wants[0]
+            return (True, (-priority, -arrival), worth, r.tick)
+
+        return key
 
 
 def _may_leave_device(r: Resident, rank: Rank, *, although_busy: bool = False) -> bool:
@@ -178,11 +193,3 @@ def _may_leave_host(r: Resident, rank: Rank | None) -> bool:
         return False
     needs_it = r.state is AdapterState.HOST and bool(r.wants)
     return not (needs_it and (rank is None or r.wants[0] <= rank))
-
-
-def _least_useful_first(resident: Resident) -> tuple[bool, Rank, int]:
-    """Unwanted before wanted; of the wanted the latest first; then the longest unused first."""
-    if not resident.wants:
-        return (False, (0, 0), resident.tick)
-    priority, arrival = resident.wants[0]
-    return (True, (-priority, -arrival), resident.tick)

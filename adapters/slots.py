@@ -171,7 +171,7 @@ class AdapterSlots:
             resident = self._residents[digest]
             assert resident.state is AdapterState.DEVICE, f"{digest} is {resident.state}"
             resident.running += 1
-            self._books.touch(resident)
+            self._books.count_use(resident)
 
     def release(self, digests: Iterable[str]) -> None:
         for digest in digests:

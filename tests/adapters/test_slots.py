@@ -152,6 +152,29 @@ def test_the_unwanted_go_first_longest_unused_first() -> None:
     assert bench.slots.get("b").evictions == 1  # type: ignore[union-attr]
 
 
+def test_what_is_used_often_outlives_what_was_used_last() -> None:
+    bench = Bench()
+    bench.bring("a", "b", "c")
+    for digest in ("a", "a", "a", "b", "c"):
+        bench.slots.acquire([digest])
+        bench.slots.release([digest])
+    bench.slots.want((0, 5), ["d"])  # needs two of the three places
+    bench.settle()
+    assert bench.states() == {"a": "device", "b": "host", "c": "host", "d": "device"}
+
+
+def test_what_has_no_host_image_is_dearer_to_evict() -> None:
+    bench = Bench(host_bytes=0)
+    bench.bring("a")
+    assert bench.slots.get("a").has_host_image is False  # type: ignore[union-attr]
+    books = bench.slots._books
+    bench.slots.acquire(["a"])
+    bench.slots.release(["a"])
+    alone = books.worth(books.residents["a"], Stage.DEVICE)
+    books.residents["a"].has_host_image = True
+    assert books.worth(books.residents["a"], Stage.DEVICE) == alone / 2 > 0
+
+
 def test_what_runs_is_pinned_or_wanted_earlier_stays() -> None:
     bench = Bench()
     bench.bring("a", "b", "c")
