@@ -159,16 +159,16 @@ def test_suppressed_tokens_may_come_from_their_position_on() -> None:
 
 
 def test_a_preempted_sequence_is_counted_again() -> None:
-    """In another row, whose last owner left its counts there."""
+    """In a row whose last owner left its counts there, and back in one that holds its old ones."""
     params = {"temperature": 0.0, "frequency_penalty": 1.5, "repetition_penalty": 1.1}
     logits, device = make_logits(), DeviceSampler(VOCAB, ROWS, CPU)
     seq, other = make_sequence(**params), make_sequence((7, 8, 9), **params)
-    for step in range(8):
-        if step == 4:
+    rows = [2, 2, 2, 3, 3, 3, 2, 2]
+    for step, row in enumerate(rows):
+        if row != rows[step - 1]:
             device.forget([2, 3])
-        row = 2 if step < 4 else 3
         items = [(seq, row, seq.num_tokens)]
-        if step < 4:
+        if step < 3:
             items.append((other, 3, other.num_tokens))
         found = device.collect(device.launch(logits.expand(len(items), -1), items))
         [expected] = Sampler(VOCAB, CPU).sample(logits, [seq]).token_ids
