@@ -95,16 +95,15 @@ def load_peer(name: str, folder: Path) -> Peer:
 
 def _shells(root: Path, package: str) -> None:
     """The package and those around it, importable without running their own code."""
-    path = root
-    for depth, part in enumerate(package.split(".")):
-        path = path / part
-        name = ".".join(package.split(".")[: depth + 1])
+    parts = package.split(".")
+    if not root.joinpath(*parts).is_dir():
+        raise ImportError(f"no {package} in {root}: is it an unpacked wheel?")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
         if name not in sys.modules:
             shell = ModuleType(name)
-            shell.__path__ = [str(path)]
+            shell.__path__ = [str(root.joinpath(*parts[:depth]))]
             sys.modules[name] = shell
-    if not path.is_dir():
-        raise ImportError(f"{path} is no folder: is {root} an unpacked wheel of {package}?")
 
 
 def _stand_in(name: str, **attributes: Any) -> None:
