@@ -89,6 +89,15 @@ class Driver:
         return [self.tokens[name] for name in names]
 
 
+@pytest.fixture(autouse=True)
+def _dirty_memory() -> Iterator[None]:
+    """What nobody wrote is NaN, so whoever uses it is found out."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture
 def make_driver(
     tiny_model: Any, tiny_adapters: Any, store_adapters: Any, tmp_path: Path

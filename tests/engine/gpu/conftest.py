@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def _where_it_can_run(request: pytest.FixtureRequest) -> None:
         pytest.skip("no CUDA device")
     if not on_gpu and not is_interpreted():
         pytest.skip("kernels are compiled here, so they cannot run on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def _dirty_memory() -> Iterator[None]:
+    """What nobody wrote is NaN, or a number far too large: whoever uses it is found out."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture
