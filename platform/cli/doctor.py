@@ -25,6 +25,7 @@ _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[bold red]bad
 
 # What only torch knows is asked of a process of its own: this one never imports it.
 _PROBE_TIMEOUT_S = 120
+_KERNELS_TIMEOUT_S = 600  # most of it compiles what was never compiled here
 _PROBE = """
 import json, torch
 from loraplex.kernels.select import select_ops
@@ -56,10 +57,15 @@ def doctor(
     ),
     host: Annotated[str, typer.Option(help="Where it would listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="And on which port.")] = 8000,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also compare every GPU kernel with torch, here.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what this machine has and what will be used. Exit status 1 when a server cannot run."""
     findings = list(examine(data_dir, host, port))
+    if kernels:
+        findings += check_kernels()
     healthy = all(f.verdict != "bad" for f in findings)
     if as_json:
         output.print_json({"healthy": healthy, "findings": [asdict(f) for f in findings]})
@@ -143,6 +149,31 @@ def probe() -> dict[str, Any]:
         raise CliError((done.stderr.strip().splitlines() or ["torch does not load"])[-1])
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts
+
+
+def check_kernels() -> Iterator[Finding]:
+    """The start-up self-test, for the shape of a common model. Needs a GPU."""
+    command = [sys.executable, "-m", "loraplex.kernels.gpu.self_test", "--batch-invariant"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_KERNELS_TIMEOUT_S)
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        why = f"not done within {_KERNELS_TIMEOUT_S} s"
+        yield Finding("kernel self-test", "no result", "bad", why)
+        return
+    except (IndexError, json.JSONDecodeError):
+        why = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        yield Finding("kernel self-test", "failed", "bad", why)
+        return
+    if "error" in report:
+        yield Finding("kernel self-test", "not run", "note", report["error"])
+        return
+    for finding in report["findings"]:
+        verdict: Verdict = "note" if finding["remedied"] else "bad"
+        yield Finding(f"kernel {finding['operation']}", finding["dtype"], verdict, finding["text"])
+    if not report["findings"]:
+        shapes = ", ".join(report["shapes"])
+        yield Finding("kernel self-test", f"right for {shapes} ({report['seconds']} s)")
 
 
 def _data_dir(data_dir: Path) -> Finding:
