@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 
@@ -24,6 +26,7 @@ from loraplex.platform import adapter_view, uploads
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
+from loraplex.platform.finishing import finished
 from loraplex.platform.models import Adapter, AdapterVersion, utc_now
 from loraplex.platform.names import Reference, adapter_not_found
 from loraplex.platform.registration import Registration
@@ -137,55 +140,90 @@ class AdapterService:
 
         Raises: ApiError, AdapterRefused (with every problem found), StorageFull.
         """
-        async with self._staging() as staging:
+        async with self.staging() as staging:
             upload = await uploads.receive_upload(
                 chunks, content_type, self._writers(staging), self._max_upload_bytes
             )
             order = Registration.from_upload(upload, model)
             manifest = await asyncio.to_thread(
-                self._inspect, staging, "archive" in upload.files, model
+                self.inspect, staging, "archive" in upload.files, model
             )
-            async with self._files_lock:
-                await asyncio.to_thread(self._store.commit, staging, manifest)
-                adapter, created = await self._insert(order, manifest, model, actor)
-        self._resolver.forget()
+            adapter, created = await self.admit(order, staging, manifest, model, actor)
         return adapter_view.adapter_object(adapter, await self.residency()), created
 
+    async def admit(
+        self,
+        order: Registration,
+        staging: Staging,
+        manifest: AdapterManifest,
+        model: ServedModel,
+        actor: str,
+        source: str | None = None,
+    ) -> tuple[Adapter, bool]:
+        """Store and register what was staged and inspected. Returns the adapter, its versions
+        loaded, and whether its newest one is new.
+
+        source: where it was pulled from, for the audit log.
+        """
+        async with self._files_lock:
+            await asyncio.to_thread(self._store.commit, staging, manifest)
+            adapter, created = await self._insert(order, manifest, model, actor, source)
+        self._resolver.forget()
+        return adapter, created
+
     @asynccontextmanager
-    async def _staging(self) -> AsyncIterator[Staging]:
+    async def staging(self) -> AsyncIterator[Staging]:
         """A staging folder, entered and left in a worker thread: both wait for the disk."""
         context = self._store.staging()
-        staging = await asyncio.to_thread(context.__enter__)
         try:
-            yield staging
+            yield await finished(asyncio.to_thread(context.__enter__))
         finally:
-            await asyncio.shield(asyncio.to_thread(context.__exit__, None, None, None))
+            await finished(asyncio.to_thread(context.__exit__, None, None, None))
 
     def _writers(self, staging: Staging) -> dict[str, uploads.OpenWriter]:
-        limits = self._limits
+        fields = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "archive": ARCHIVE_FILE}
         return {
-            "config": lambda: staging.writer(CONFIG_FILE, limits.max_config_bytes),
-            "weights": lambda: staging.writer(WEIGHTS_FILE, limits.max_weights_bytes),
-            "archive": lambda: staging.writer(ARCHIVE_FILE, self._max_upload_bytes),
+            field: partial(staging.writer, name, self.max_bytes(name))
+            for field, name in fields.items()
         }
 
-    def _inspect(self, staging: Staging, packed: bool, model: ServedModel) -> AdapterManifest:
+    def max_bytes(self, name: str) -> int:
+        """How large a staged file of this name may be."""
+        if name == CONFIG_FILE:
+            return self._limits.max_config_bytes
+        return self._max_upload_bytes
+
+    def inspect(self, staging: Staging, packed: bool, model: ServedModel) -> AdapterManifest:
+        """Check what was staged. packed: it is an archive, to be unpacked first. Blocks.
+
+        Raises: AdapterRefused with every problem; StorageFull.
+        """
         if packed:
             archive.unpack(staging.path / ARCHIVE_FILE, staging, self._limits)
         return intake.inspect(staging.path, model.info.modules, self._limits, model.info.name)
 
     async def _insert(
-        self, order: Registration, manifest: AdapterManifest, model: ServedModel, actor: str
+        self,
+        order: Registration,
+        manifest: AdapterManifest,
+        model: ServedModel,
+        actor: str,
+        source: str | None,
     ) -> tuple[Adapter, bool]:
         for _ in range(MAX_RETRIES):
             try:
-                return await self._try_insert(order, manifest, model, actor)
+                return await self._try_insert(order, manifest, model, actor, source)
             except IntegrityError:  # another server took the same name or version number first
                 continue
         raise ApiError("name_taken", f"adapter {order.name!r} is being changed by others; retry")
 
     async def _try_insert(
-        self, order: Registration, manifest: AdapterManifest, model: ServedModel, actor: str
+        self,
+        order: Registration,
+        manifest: AdapterManifest,
+        model: ServedModel,
+        actor: str,
+        source: str | None,
     ) -> tuple[Adapter, bool]:
         async with self._db.unit_of_work() as session:
             adapters = AdapterRepository(session)
@@ -214,12 +252,13 @@ class AdapterService:
                 adapter.next_version += 1
                 adapter.versions.append(newest)
                 await session.flush()
-                AuditRepository(session).add(
-                    actor,
-                    "adapter.register",
-                    order.name,
-                    after={"version": newest.version, "digest": f"sha256:{newest.digest}"},
-                )
+                after: dict[str, Any] = {
+                    "version": newest.version,
+                    "digest": f"sha256:{newest.digest}",
+                }
+                if source is not None:
+                    after["source"] = source
+                AuditRepository(session).add(actor, "adapter.register", order.name, after=after)
             assert newest is not None
             if order.alias is not None:
                 AliasRepository(session).move(

@@ -36,10 +36,16 @@ from loraplex.platform.inference import InferenceService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
-from loraplex.platform.routes import adapters, admin, aliases, health, openai
+from loraplex.platform.routes import adapters, admin, aliases, health, openai, pulls
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
+from loraplex.platform.sources.addresses import HostList
+from loraplex.platform.sources.http_client import HttpClient
+from loraplex.platform.sources.parsing import Sources
+from loraplex.platform.sources.pulled_adapters import PulledAdapters
+from loraplex.platform.sources.pulls import PullService
+from loraplex.platform.sources.watcher import Watcher
 from loraplex.platform.usage import UsageMeter
 
 log = logging.getLogger(__name__)
@@ -72,6 +78,21 @@ def create_app(
         await reconcile_files(db, store)
         resolver = Resolver(db)
         service = AdapterService(db, store, serving, resolver, settings.max_upload_bytes)
+        hosts = HostList(settings.source_hosts)
+        client = HttpClient(hosts, allow_private=settings.source_private_addresses)
+        sources = Sources(
+            client,
+            hub_endpoint=settings.hub_endpoint,
+            buckets=settings.source_buckets,
+            directories=settings.source_directories,
+        )
+        pull_service = PullService(
+            db,
+            service,
+            sources,
+            max_pulls=settings.max_pulls,
+            timeout_s=settings.pull_timeout_s,
+        )
         runtime = Runtime(
             settings=settings,
             engine=serving,
@@ -79,6 +100,8 @@ def create_app(
             store=store,
             resolver=resolver,
             adapters=service,
+            pulls=pull_service,
+            pulled=PulledAdapters(service, pull_service),
             aliases=AliasService(db, resolver),
             admin=AdminService(db, store, serving, service, resolver),
             inference=InferenceService(serving, resolver),
@@ -97,6 +120,8 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await pull_service.close()
+            await client.close()
             await serving.stop()
             await runtime.usage.flush()
             await db.close()
@@ -113,7 +138,7 @@ def create_app(
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (adapters, aliases, admin, openai, health):
+    for routes in (pulls, adapters, aliases, admin, openai, health):
         app.include_router(routes.router)
     return app
 
@@ -126,6 +151,7 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
         assert tokenizer is not None, "an engine that started knows its tokenizer"
         model = ServedModel.from_info(info, tokenizer, runtime.base_name)
         await reconcile_model(runtime.db, runtime.store, model)
+        await runtime.pulls.begin(model)  # before anybody can order one
         runtime.model = model
     except Exception as error:
         log.error("engine_start_failed", extra={"reason": str(error)})
@@ -142,6 +168,10 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
             "backend": info.backend,
         },
     )
+    settings = runtime.settings
+    if settings.watch_dir is not None:
+        watcher = Watcher(runtime.pulls, settings.watch_dir, max_pulls=settings.max_pulls)
+        await watcher.run(model)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ STATUS: Mapping[str, int] = {
     "unsupported_parameter": 400,
     "context_length_exceeded": 400,
     "invalid_api_key": 401,
+    "source_not_allowed": 403,
     "adapter_not_found": 404,
     "adapter_deleted": 404,
     "alias_not_found": 404,
@@ -31,6 +32,7 @@ STATUS: Mapping[str, int] = {
     "adapter_pinned": 409,
     "adapter_no_room": 409,
     "name_taken": 409,
+    "pull_under_way": 409,
     "rollback_impossible": 409,
     "version_has_alias": 409,
     "content_too_large": 413,
@@ -39,15 +41,18 @@ STATUS: Mapping[str, int] = {
     "adapter_unavailable": 422,
     "adapter_too_large": 422,
     "base_model_mismatch": 422,
+    "digest_mismatch": 422,
     "queue_full": 429,
     "internal_error": 500,
     "adapter_corrupt": 500,
     "model_unsupported": 500,
+    "source_failed": 502,
     "storage_full": 507,
     "adapter_load_failed": 503,
     "adapter_load_timeout": 503,
     "engine_unavailable": 503,
     "model_loading": 503,
+    "pull_interrupted": 503,
 }
 
 RETRY_AFTER_S: Mapping[str, int] = {"queue_full": 1, "engine_unavailable": 2, "model_loading": 2}
@@ -63,6 +68,7 @@ _CODE_OF_STATUS = {
 
 _TYPE_OF_STATUS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     409: "conflict_error",

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState, EngineStats, MemoryInfo
 from loraplex.platform.adapter_series import OTHER, AdapterLabel
 from loraplex.platform.request_metrics import HISTOGRAMS, RequestMetrics
+from loraplex.platform.sources.pulls import PullCounters
 
 
 class EngineSnapshot:
@@ -42,17 +43,24 @@ class _Exposition(Collector):
     """One scrape."""
 
     def __init__(
-        self, model_name: str, ready: bool, requests: RequestMetrics, engine: EngineSnapshot
+        self,
+        model_name: str,
+        ready: bool,
+        requests: RequestMetrics,
+        engine: EngineSnapshot,
+        pulls: PullCounters,
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._ready = ready
         self._requests = requests
         self._engine = engine
+        self._pulls = pulls
 
     def collect(self) -> Iterable[Metric]:
         yield self._gauge("loraplex:ready", "1 when the engine answers.", int(self._ready))
         yield from self._request_families()
         yield from self._adapter_families()
+        yield from self._pull_families()
         if self._engine.stats is not None:
             yield from self._stats_families(self._engine.stats)
         yield from self._residency_families()
@@ -131,6 +139,24 @@ class _Exposition(Collector):
                 loads.add_metric([model, *known], info.loads)
                 counted.discard(known)
         return requests, errors, prompt, output, ttft, latency, loads
+
+    def _pull_families(self) -> Iterable[Metric]:
+        model = self._labels["model_name"]
+        running = GaugeMetricFamily(
+            "loraplex:pulls", "Pulls under way.", labels=["model_name", "status"]
+        )
+        for status, count in self._pulls.running.items():
+            running.add_metric([model, status], count)
+        ended = CounterMetricFamily(
+            "loraplex:pulls_ended", "Pulls by how they ended.", labels=["model_name", "outcome"]
+        )
+        for outcome, count in sorted(self._pulls.ended.items()):
+            ended.add_metric([model, outcome], count)
+        received = CounterMetricFamily(
+            "loraplex:pulled_bytes", "Bytes that ended pulls brought.", labels=["model_name"]
+        )
+        received.add_metric([model], self._pulls.bytes_pulled)
+        return running, ended, received
 
     def _stats_families(self, stats: EngineStats) -> Iterable[Metric]:
         yield self._gauge(
@@ -236,9 +262,13 @@ class _Exposition(Collector):
 
 
 def exposition(
-    model_name: str, ready: bool, requests: RequestMetrics, engine: EngineSnapshot
+    model_name: str,
+    ready: bool,
+    requests: RequestMetrics,
+    engine: EngineSnapshot,
+    pulls: PullCounters,
 ) -> CollectorRegistry:
     """A registry that holds this scrape's figures."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(model_name, ready, requests, engine))
+    registry.register(_Exposition(model_name, ready, requests, engine, pulls))
     return registry

@@ -191,6 +191,41 @@ class AliasRevision(Base):
     alias: Mapped[Alias] = relationship(lazy="raise")
 
 
+class Pull(Base):
+    """The last pull of one name. One that has not ended when a server starts was interrupted.
+
+    `source` is what may be shown of it; `has_secret` says that more was needed (a token, a signed
+    URL), which is kept nowhere. `stamp` is a watched folder's state; `pin` the digest it must have.
+    """
+
+    __tablename__ = "pull"
+    __table_args__ = (UniqueConstraint("tenant", "name"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(128), default=DEFAULT_TENANT)
+    name: Mapped[str] = mapped_column(String(128))
+    source: Mapped[str] = mapped_column(Text)
+    has_secret: Mapped[bool] = mapped_column(default=False)
+    revision: Mapped[str | None] = mapped_column(String(256))
+    pin: Mapped[str | None] = mapped_column(String(64))
+    stamp: Mapped[str | None] = mapped_column(String(128))
+    alias: Mapped[str | None] = mapped_column(String(128))
+    description: Mapped[str | None] = mapped_column(Text)
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    actor: Mapped[str] = mapped_column(String(128))
+    # queued | downloading | validating | ready | failed
+    status: Mapped[str] = mapped_column(String(16), default="queued")
+    bytes_done: Mapped[int] = mapped_column(BigInteger, default=0)
+    bytes_total: Mapped[int | None] = mapped_column(BigInteger)
+    retries: Mapped[int] = mapped_column(default=0)
+    restarts: Mapped[int] = mapped_column(default=0)
+    version: Mapped[int | None]
+    digest: Mapped[str | None] = mapped_column(String(64))
+    error: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    ended_at: Mapped[datetime | None]
+
+
 class AuditEvent(Base):
     """Who changed what, from what, to what. Never updated, never deleted."""
 

@@ -1,4 +1,6 @@
-"""The text fields of an upload: what the new adapter is to be called and described as, checked."""
+"""What a new adapter is to be called and described as, checked: an upload's text fields, or a
+pull's.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,33 @@ class Registration:
     alias: str | None
 
     @classmethod
-    def from_upload(cls, upload: Upload, model: ServedModel) -> Registration:
-        fields = dict(upload.fields)
-        name = check_name(_pop_required(fields, "name"))
+    def checked(
+        cls,
+        model: ServedModel,
+        *,
+        name: str,
+        alias: str | None,
+        description: str | None,
+        metadata: dict[str, Any] | None,
+    ) -> Registration:
+        """Raises: ApiError(invalid_request | name_taken)."""
+        check_name(name)
         if name in (model.name, model.info.name):
             raise ApiError("name_taken", f"{name!r} is the base model's name", param="name")
-        alias = fields.pop("alias", None) or None
         if alias is not None:
             check_alias(alias)
-        order = cls(name, fields.pop("description", None), _metadata(fields), alias)
+        return cls(name, description, metadata, alias)
+
+    @classmethod
+    def from_upload(cls, upload: Upload, model: ServedModel) -> Registration:
+        fields = dict(upload.fields)
+        order = cls.checked(
+            model,
+            name=_pop_required(fields, "name"),
+            alias=fields.pop("alias", None) or None,
+            description=fields.pop("description", None),
+            metadata=_metadata(fields),
+        )
         if fields:
             unknown = next(iter(fields))
             raise ApiError("invalid_request", f"unknown field {unknown[:80]!r}", param=unknown[:80])

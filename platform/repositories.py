@@ -20,6 +20,7 @@ from loraplex.platform.models import (
     AliasRevision,
     AliasTarget,
     AuditEvent,
+    Pull,
     utc_now,
 )
 from loraplex.platform.names import DEFAULT_ALIAS, LATEST_ALIAS, Reference
@@ -288,6 +289,35 @@ class ContentRepository:
         await self._session.execute(
             delete(AdapterVersion).where(AdapterVersion.id.in_(set(version_ids)))
         )
+
+
+class PullRepository:
+    """The last pull of each name."""
+
+    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+        self._session = session
+        self._tenant = tenant
+
+    async def get(self, name: str) -> Pull | None:
+        found: Pull | None = await self._session.scalar(
+            select(Pull).where(Pull.tenant == self._tenant, Pull.name == name)
+        )
+        return found
+
+    async def all(self) -> Sequence[Pull]:
+        """By name."""
+        query = select(Pull).where(Pull.tenant == self._tenant).order_by(Pull.name)
+        return (await self._session.scalars(query)).all()
+
+    async def remove(self, name: str) -> None:
+        await self._session.execute(
+            delete(Pull).where(Pull.tenant == self._tenant, Pull.name == name)
+        )
+
+    async def replace(self, pull: Pull) -> None:
+        """Make this the last pull of its name."""
+        await self.remove(pull.name)
+        self._session.add(pull)
 
 
 class AuditRepository:

@@ -20,6 +20,8 @@ from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.settings import Settings
+from loraplex.platform.sources.pulled_adapters import PulledAdapters
+from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.usage import UsageMeter
 
 
@@ -33,6 +35,8 @@ class Runtime:
     store: AdapterStore
     resolver: Resolver
     adapters: AdapterService
+    pulls: PullService
+    pulled: PulledAdapters
     aliases: AliasService
     admin: AdminService
     inference: InferenceService

@@ -22,6 +22,9 @@ from pydantic_settings import (
 )
 
 from loraplex.engine.config import EngineConfig
+from loraplex.platform.names import NAME
+from loraplex.platform.sources.addresses import HostList
+from loraplex.platform.sources.buckets import check_bucket
 
 ENV_PREFIX = "LORAPLEX_"
 
@@ -57,7 +60,8 @@ class _Environment(EnvSettingsSource):
     def __call__(self) -> dict[str, Any]:
         values = super().__call__()
         known = {f"{ENV_PREFIX}{name.upper()}" for name in self.settings_cls.model_fields}
-        known.add(f"{ENV_PREFIX}URL")  # tells the client commands where a server is
+        # For the client commands: where a server is, and what `adapter pull` sends along.
+        known |= {f"{ENV_PREFIX}URL", f"{ENV_PREFIX}SOURCE_TOKEN"}
         for name in os.environ:
             if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
                 values[name] = os.environ[name]
@@ -157,6 +161,38 @@ class Settings(BaseSettings):
         32 * 1024**2, description="Largest body of any other request, such as 32MiB."
     )
 
+    # where adapters may be pulled from
+    source_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host that pulls may ask over https, such as huggingface.co, *.hf.co or "
+        "example.org:8443; may be given several times. None: no pulls over https and from hubs.",
+    )
+    source_private_addresses: bool = Field(
+        False, description="Let pulls connect to addresses of private networks, and use http."
+    )
+    source_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Object storage that pulls may read with the server's credentials, such as "
+        "s3://bucket/prefix (needs fsspec and its package for it); may be given several times.",
+    )
+    source_dirs: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Directory that pulls may read as dir:NAME/..., written NAME=PATH; may be "
+        "given several times.",
+    )
+    watch_dir: Path | None = Field(
+        None,
+        description="Directory whose sub-folders are registered as adapters, at start and whenever "
+        "they appear or change.",
+    )
+    hub_endpoint: str = Field(
+        "https://huggingface.co", description="Hub that hub:org/name sources come from."
+    )
+    max_pulls: int = Field(4, ge=1, le=64, description="Pulls that run at once; others wait.")
+    pull_timeout_s: float = Field(
+        3600, gt=0, description="Longest time for one pull, in seconds, its retries included."
+    )
+
     # logging
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least important messages to log."
@@ -165,12 +201,43 @@ class Settings(BaseSettings):
         "text", description="Log lines for people (text) or for machines (json)."
     )
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "source_hosts", "source_buckets", "source_dirs", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
+    def _split_lists(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
-        return tuple(key for key in value if key)
+        return tuple(part for part in value if part)
+
+    @field_validator("source_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        HostList(value)
+        return value
+
+    @field_validator("source_buckets")
+    @classmethod
+    def _buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            check_bucket(url)
+        return value
+
+    @field_validator("source_dirs")
+    @classmethod
+    def _directories(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [entry.partition("=")[0] for entry in value]
+        for entry, name in zip(value, names, strict=True):
+            if not NAME.fullmatch(name) or not Path(entry.partition("=")[2]).is_absolute():
+                raise ValueError(f"{entry!r} is not NAME=PATH with an absolute path")
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is given twice")
+        return value
+
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
+            raise ValueError(f"{value!r} is not a URL such as https://huggingface.co")
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -194,6 +261,12 @@ class Settings(BaseSettings):
     def adapter_dir(self) -> Path:
         """Root of the content-addressed adapter store."""
         return self.data_dir / "adapters"
+
+    @property
+    def source_directories(self) -> dict[str, Path]:
+        """NAME -> directory, of `source_dirs`."""
+        pairs = (entry.partition("=") for entry in self.source_dirs)
+        return {name: Path(path) for name, _, path in pairs}
 
     @property
     def effective_database_url(self) -> str:

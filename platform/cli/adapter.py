@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from loraplex.platform.cli import alias, output
+from loraplex.platform.cli import alias, output, pull
 from loraplex.platform.cli.output import CliError, UsageError
+from loraplex.platform.cli.pull import json_object
 from loraplex.platform.cli.server_api import (
     DEFAULT_URL,
     ApiKey,
@@ -30,7 +31,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Upload, list, load, evict and delete adapters.",
+    help="Upload, pull, list, load, evict and delete adapters.",
 )
 
 app.add_typer(alias.app, name="alias")
@@ -65,7 +66,7 @@ def add(
     if description is not None:
         fields["description"] = description
     if metadata is not None:
-        fields["metadata"] = _json_object(metadata)
+        fields["metadata"] = json.dumps(json_object(metadata))
     if alias_name is not None:
         fields["alias"] = alias_name
     with ServerApi(url, api_key) as api:
@@ -77,6 +78,10 @@ def add(
             f"[green]added[/] {added['id']}@{added['version']}: rank {added['rank']}, "
             f"{output.size(added['size_bytes'])}, {added['digest'][:19]}"
         )
+
+
+app.command("pull")(pull.pull)
+app.command("cancel")(pull.cancel)
 
 
 @app.command("list")
@@ -332,13 +337,3 @@ def _report(what: str, result: dict[str, Any], as_json: bool) -> None:
     ]
     tail = f", freed {', '.join(freed)}" if freed else ""
     output.stdout().print(f"[green]{what}[/] {result['id']}{tail}")
-
-
-def _json_object(text: str) -> str:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--metadata is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UsageError('--metadata must be a JSON object, such as \'{"team": "search"}\'')
-    return text

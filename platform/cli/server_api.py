@@ -129,13 +129,13 @@ def raise_for_status(response: httpx.Response) -> None:
         body = {}
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict):
-        details = [_problem(p) for p in error.get("details") or []]
+        details = [problem_text(p) for p in error.get("details") or []]
         raise CliError(str(error.get("message") or f"HTTP {response.status_code}"), details)
     text = str(error or response.text.strip() or response.reason_phrase)
     raise CliError(f"HTTP {response.status_code}: {text[:300]}")
 
 
-def _problem(problem: object) -> str:
+def problem_text(problem: object) -> str:
     """`adapter_model.safetensors, layers.0.q_proj.lora_A: wrong shape (expected ..)`."""
     if not isinstance(problem, dict):
         return str(problem)

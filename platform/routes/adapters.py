@@ -19,6 +19,7 @@ from loraplex.platform.schemas import (
     AdapterObject,
     AdapterPatch,
 )
+from loraplex.platform.sources.schemas import AdapterWithPull, PendingAdapter
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -91,9 +92,11 @@ async def list_adapters(
 
 
 @router.get("/{adapter_id}")
-async def get_adapter(adapter_id: AdapterId, state: State) -> AdapterDetail:
-    """One adapter with all its versions, seen through the version that was named."""
-    return await state.adapters.get(adapter_id)
+async def get_adapter(adapter_id: AdapterId, state: State) -> AdapterWithPull | PendingAdapter:
+    """One adapter with all its versions, seen through the version that was named, and its last
+    pull.
+    """
+    return await state.pulled.get(adapter_id)
 
 
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
@@ -134,14 +137,14 @@ async def delete_adapter(
         float | None, Query(ge=0, le=3600, description="Wait so long for running requests.")
     ] = None,
 ) -> AdapterDeleted:
-    """Delete an adapter or one version. New requests are refused at once; running ones make it a
-    409 unless told.
+    """Delete an adapter, with its pull, or one version. New requests are refused at once; running
+    ones make it a 409 unless told.
     """
     if version is not None and "@" in adapter_id:
         raise ApiError("invalid_request", "name the version once", param="version")
     name, _, named_version = adapter_id.partition("@")
     if named_version.isdigit():
         version, adapter_id = int(named_version), name
-    return await state.adapters.delete(
+    return await state.pulled.delete(
         adapter_id, version=version, force=force, drain_timeout_s=drain_timeout_s, actor=who
     )

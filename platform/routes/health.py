@@ -61,5 +61,7 @@ async def metrics(state: State) -> Response:
             snapshot = EngineSnapshot(stats, memory, adapters, await state.admin.names(digests))
         except (EngineError, TimeoutError):
             pass  # a scrape of a busy or restarting engine still shows what the API process knows
-    registry = exposition(state.base_name, state.ready, state.metrics, snapshot)
+    registry = exposition(
+        state.base_name, state.ready, state.metrics, snapshot, state.pulls.counters()
+    )
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -37,6 +37,7 @@ def _load(name: str) -> Any:
 
 fakes = _load("fake_engine")
 files = _load("adapter_files")
+source_server = _load("source_server")
 
 
 @dataclass
@@ -135,6 +136,11 @@ def fake_engine_module() -> Any:
 @pytest.fixture
 def adapter_files_module() -> Any:
     return files
+
+
+@pytest.fixture
+def source_server_module() -> Any:
+    return source_server
 
 
 @pytest.fixture
