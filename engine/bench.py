@@ -16,13 +16,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraplex.kernels.bench import write_report
+from loraplex.kernels.gpu.bench_context import note_row
 from loraplex.kernels.model_shapes import SHAPES, TINY, ModelShape
 from loraplex.kernels.versions import versions
 
@@ -91,6 +92,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     not_reached: list[str] = field(default_factory=list)
+    journal: Path | None = None  # gets every row at once, should the process be stopped
 
     def add(self, **values: Any) -> None:
         row = {
@@ -98,6 +100,7 @@ class Report:
             for key, value in values.items()
         }
         self.rows.append(row)
+        note_row(self.journal, row)
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
@@ -262,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = DRY if chosen.dry_run else QUICK if chosen.quick else FULL
     dtype = torch.float32 if chosen.dry_run else getattr(torch, chosen.dtype)
     report, started = Report(), time.monotonic()
+    report.journal = chosen.out and chosen.out.with_suffix(".jsonl")
     for i, shape in enumerate(shapes):
         # The time is shared out: a large model must not take all of it.
         deadline = started + chosen.seconds * (i + 1) / len(shapes)
@@ -284,7 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
             "dtype": str(dtype).removeprefix("torch."),
             **facts,
             "seconds": round(time.monotonic() - started, 1),
-            **asdict(report),
+            "rows": report.rows,
+            "errors": report.errors,
+            "not_reached": report.not_reached,
         },
         chosen.out,
     )

@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             quick=chosen.quick,
             seconds=chosen.seconds,
             peers=dict(chosen.peer),
+            journal=chosen.out and chosen.out.with_suffix(".jsonl"),
         )
     else:
         results = cpu_bench.run_cpu_bench(chosen.cases)

@@ -156,7 +156,7 @@ class StepBench:
     ) -> StepTimes:
         made = self.sequences.make(num_tokens, digests)
         step = schedule(made, new)
-        run_steps(self.runner, step, 0.0, 3, self.clock)
+        run_steps(self.runner, step, 0.0, 2, self.clock)  # warm
         times = summarise(run_steps(self.runner, step, self.seconds, self.at_least, self.clock))
         self.runner.forget([seq.seq_id for seq in made])
         return times

@@ -57,10 +57,12 @@ def run_gpu_bench(
     quick: bool = False,
     seconds: float | None = None,
     peers: Mapping[str, Path] | None = None,
+    journal: Path | None = None,
 ) -> dict[str, Any]:
     """names: of `CASES`, none for all. Prints tables, returns rows and errors.
 
     dry_run: tiny shapes on the CPU, every pass once. seconds: no size is begun after that long.
+    journal: a file that gets every row as soon as it is known.
     """
     bench = Bench(
         shape=TINY if dry_run else LLAMA_3_8B,
@@ -72,6 +74,7 @@ def run_gpu_bench(
         dry_run=dry_run,
         deadline=time.monotonic() + (SECONDS if seconds is None else seconds),
         peers=[load_peer(name, folder) for name, folder in (peers or {}).items()],
+        journal=journal,
     )
     errors: dict[str, str] = {}
     took: dict[str, float] = {}

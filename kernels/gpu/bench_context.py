@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +31,10 @@ class WrongResult(AssertionError):
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """deadline: of `time.monotonic`. rows: one dict per measurement. machine: as measured."""
+    """deadline: of `time.monotonic`. rows: one dict per measurement. machine: as measured.
+
+    journal: a file that gets every row at once, for the day when the process is stopped.
+    """
 
     shape: ModelShape
     dtype: torch.dtype
@@ -42,6 +47,7 @@ class Bench:
     machine: Machine = H200
     rows: list[dict[str, Any]] = field(default_factory=list)
     not_reached: list[str] = field(default_factory=list)
+    journal: Path | None = None
 
     def sizes(
         self, case: str, full: Sequence[T], quick: Sequence[T], dry: Sequence[T]
@@ -74,7 +80,15 @@ class Bench:
                 row["fraction"] = floor_us / row["us"]
         row = {key: _round(value) for key, value in row.items()}
         self.rows.append(row)
+        note_row(self.journal, row)
         print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def note_row(journal: Path | None, row: dict[str, Any]) -> None:
+    if journal is not None:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _round(value: Any) -> Any:

@@ -94,6 +94,14 @@ def test_past_the_deadline_sizes_are_noted_not_run() -> None:
     assert list(context(dry_run=False, quick=True).sizes("case", (1, 2), (1,), ())) == [1]
 
 
+def test_every_row_is_kept_at_once(tmp_path: Path) -> None:
+    bench = context(journal=tmp_path / "new" / "rows.jsonl")
+    bench.add("one", us=1.0)
+    bench.add("two", 1.0, us=2.0)
+    lines = (tmp_path / "new" / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == bench.rows
+
+
 def test_passes_outgrow_the_cache() -> None:
     for size in (1, 300_000, 10_000_000, 1 << 32):
         count = num_passes(size)
