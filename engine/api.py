@@ -185,6 +185,21 @@ class AdapterResidencyInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """What an adapter does here, against plain arithmetic on its files (`engine/probe.py`).
+
+    error, base_error, effect: norms of differences of logits, relative to the norm of the logits:
+    paged path to reference with the adapter, the same without, and with to without it.
+    """
+
+    digest: str
+    agrees: bool  # error <= tolerance
+    error: float
+    tolerance: float
+    base_error: float
+    effect: float  # 0: the adapter changes nothing
+
+
 class FreedBytes(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int = 0
     host_bytes: int = 0
@@ -247,6 +262,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     "load" (digest, wait) -> AdapterResidencyInfo, "evict" (digest, tier, drain, timeout_s) ->
     FreedBytes, "pin" / "unpin" (digest) -> AdapterResidencyInfo, "forget" (digest, force,
     timeout_s): evict from every tier, refuse new requests for it -> FreedBytes,
+    "probe" (digest, timeout_s) -> AdapterProbe; loads it first,
     "reset_prefix_cache" -> bool.
     """
 

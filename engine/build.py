@@ -31,6 +31,7 @@ from loraplex.engine.model import Decoder, load_decoder
 from loraplex.engine.model_config import DecoderConfig, read_model_config
 from loraplex.engine.model_info import describe_model
 from loraplex.engine.model_runner import ModelRunner
+from loraplex.engine.probe import AdapterProber
 from loraplex.engine.sampling import Sampler
 from loraplex.engine.seams import Runner
 from loraplex.kernels.ops import KVCache, Ops
@@ -118,9 +119,15 @@ def build_engine(
     def memory_now() -> MemoryInfo:
         return msgspec.structs.replace(still, device_bytes_free=device_memory(device).free)
 
-    engine = Engine(config, info, runner, slots, blocks, memory_now)
+    prober = AdapterProber(decoder, pool, config.block_size, config.adapter_dir)
+    engine = Engine(config, info, runner, slots, blocks, memory_now, prober=prober)
     loader.on_done = engine.wake
-    return HostedEngine(engine, loader.close)
+
+    def close() -> None:
+        loader.close()
+        prober.close()
+
+    return HostedEngine(engine, close)
 
 
 def _choose_device(wanted: str) -> torch.device:

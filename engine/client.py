@@ -22,6 +22,7 @@ import zmq
 
 from loraplex.engine.api import (
     AdapterEvent,
+    AdapterProbe,
     AdapterResidencyInfo,
     Answer,
     Call,
@@ -241,6 +242,10 @@ class EngineClient:
         return await self._call(
             FreedBytes, "forget", digest=digest, force=force, timeout_s=timeout_s
         )
+
+    async def probe(self, digest: str) -> AdapterProbe:
+        """Compare what the adapter does in the engine with its files; loads it first."""
+        return await self._call(AdapterProbe, "probe", digest=digest)
 
     async def reset_prefix_cache(self) -> bool:
         return await self._call(bool, "reset_prefix_cache")

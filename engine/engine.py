@@ -34,7 +34,7 @@ from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidReque
 from loraplex.engine.in_flight import InFlight, StepInFlight
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.seams import Runner, Schedule, StepSample
+from loraplex.engine.seams import Prober, Runner, Schedule, StepSample
 from loraplex.engine.sequence import Sequence
 from loraplex.engine.validation import validate_request
 
@@ -60,6 +60,7 @@ class Engine:
         blocks: BlockManager,
         memory: Callable[[], api.MemoryInfo],
         *,
+        prober: Prober | None = None,
         on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -70,6 +71,7 @@ class Engine:
         self._slots = slots
         self._blocks = blocks
         self._memory = memory
+        self._prober = prober
         self._clock = clock
         self._wake = threading.Event()
         self._in_flight = InFlight(slots.release)
@@ -366,6 +368,11 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         self._blocks.reset_prefix_cache()
         return True
+
+    def prober(self) -> Prober:
+        if self._prober is None:
+            raise EngineError("this engine has no prober")
+        return self._prober
 
     def next_rank(self) -> Rank:
         """A place in the queue of adapter loads for somebody who is not a request."""

@@ -7,6 +7,7 @@ processes or sockets.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
 from loraplex.engine.errors import AdapterInUse, AdapterUnavailable, EngineError, InvalidRequest
+from loraplex.engine.seams import Prober
+
+logger = logging.getLogger(__name__)
 
 _IN_USE_CODES = ("adapter_in_use", "adapter_pinned")
 
@@ -42,6 +46,7 @@ class Host(Protocol):
     def reset_prefix_cache(self) -> bool: ...
     def next_rank(self) -> Rank: ...
     def fail_users(self, digest: str, error: api.ErrorInfo) -> None: ...
+    def prober(self) -> Prober: ...
 
 
 def engine_error(error: AdapterError) -> EngineError:
@@ -104,6 +109,7 @@ class Orders:
             "pin": self._pin,
             "evict": self._evict,
             "forget": self._forget,
+            "probe": self._probe,
         }
 
     def __len__(self) -> int:
@@ -204,6 +210,29 @@ class Orders:
         self._slots.check([call.digest])
         self._slots.pin(call.digest)
         return self._load(msgspec.structs.replace(call, wait=False, timeout_s=None))
+
+    def _probe(self, call: api.Call) -> Order:
+        """Read its files, load it, then run it: running streams wait for two short steps at once,
+        and for as many once more.
+        """
+        prober = self._host.prober()
+        self._slots.retry(call.digest)
+        self._slots.check([call.digest])
+        reading = prober.read(call.digest)
+        while not reading.done():
+            yield None
+        loaded = reading.result()
+        yield from self._load(msgspec.structs.replace(call, wait=True))
+        try:
+            paged = prober.run_paged(call.digest)
+            yield None
+            return prober.compare(loaded, paged)
+        except Exception as error:  # of the device, or of an adapter whose files changed
+            logger.exception("probing adapter %s failed", call.digest[:12])
+            raise EngineError(
+                f"the probe of adapter {call.digest[:12]} failed: {type(error).__name__}: {error}",
+                code="probe_failed",
+            ) from error
 
     def _evict(self, call: api.Call) -> Order:
         """From the device; with tier "host" from the host as well. Drains first when told to."""

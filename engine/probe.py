@@ -15,15 +15,17 @@ the effect. An effect of zero is an adapter that changes nothing.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex.adapters.pool import PagePool
-from loraplex.adapters.weights import LoadedAdapter
+from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.weights import LoadedAdapter, load_weights
+from loraplex.engine.api import AdapterProbe
 from loraplex.engine.model import Decoder
 from loraplex.kernels.ops import (
     GATE_UP,
@@ -44,48 +46,68 @@ _TIMES_EPSILON = 16
 Delta = dict[tuple[int, int], tuple[Tensor, Tensor, float]]  # (layer, module): A, B^T, scaling
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    error: float
-    base_error: float
-    effect: float
-    tolerance: float
+class AdapterProber:
+    """Implements `seams.Prober`: the file is read in a thread, the forwards belong to the engine's.
 
-    @property
-    def agrees(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN, too
+    store_root: of the content-addressed store.
+    """
 
-    @property
-    def has_effect(self) -> bool:
-        return self.effect > 0
+    def __init__(self, decoder: Decoder, pool: PagePool, block_size: int, store_root: Path) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._block_size = block_size
+        self._store = AdapterStore(store_root)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-prober")
+        self._tokens = probe_tokens(decoder.config.vocab_size).to(decoder.embedding.device)
+        self._base: tuple[Tensor, float] | None = None  # reference logits, error of the paged path
+
+    def read(self, digest: str) -> Future[LoadedAdapter]:
+        """The adapter's tensors, from its files. Raises in the future what `load_weights` does."""
+        dtype = self._decoder.embedding.dtype
+        return self._reader.submit(lambda: load_weights(self._store.path(digest), dtype))
+
+    @torch.inference_mode()
+    def run_paged(self, digest: str) -> Tensor:
+        """`[NUM_TOKENS, vocab]` through the adapter's pages, which must be on the device."""
+        return paged_logits(self._decoder, self._pool, self._block_size, self._tokens, digest)
+
+    @torch.inference_mode()
+    def compare(self, loaded: LoadedAdapter, paged: Tensor) -> AdapterProbe:
+        """paged: of `run_paged`."""
+        device, dtype = self._tokens.device, self._decoder.embedding.dtype
+        if self._base is None:
+            without = reference_logits(self._decoder, self._tokens, {})
+            paged_base = paged_logits(
+                self._decoder, self._pool, self._block_size, self._tokens, None
+            )
+            self._base = without, _distance(paged_base, without)
+        without, base_error = self._base
+        expected = reference_logits(
+            self._decoder,
+            self._tokens,
+            {
+                key: (m.a.to(device).float(), m.bt.to(device).float(), m.scaling)
+                for key, m in loaded.modules.items()
+            },
+        )
+        error = _distance(paged, expected)
+        tolerance = max(_TIMES_BASE_ERROR * base_error, _TIMES_EPSILON * torch.finfo(dtype).eps)
+        return AdapterProbe(
+            digest=loaded.digest,
+            agrees=error <= tolerance,  # False for NaN, too
+            error=error,
+            tolerance=tolerance,
+            base_error=base_error,
+            effect=_distance(expected, without),
+        )
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
 
-@torch.inference_mode()
-def probe(decoder: Decoder, pool: PagePool, block_size: int, loaded: LoadedAdapter) -> ProbeResult:
-    """Run the comparison. The adapter must be on the device. Costs about two short prefills."""
-    device, dtype = decoder.embedding.device, decoder.embedding.dtype
-    token_ids = probe_tokens(loaded.digest, decoder.config.vocab_size).to(device)
-    delta: Delta = {
-        key: (m.a.to(device).float(), m.bt.to(device).float(), m.scaling)
-        for key, m in loaded.modules.items()
-    }
-    with_adapter = reference_logits(decoder, token_ids, delta)
-    without = reference_logits(decoder, token_ids, {})
-    paged = _paged_logits(decoder, pool, block_size, token_ids, loaded.digest)
-    paged_base = _paged_logits(decoder, pool, block_size, token_ids, None)
-    base_error = _distance(paged_base, without)
-    return ProbeResult(
-        error=_distance(paged, with_adapter),
-        base_error=base_error,
-        effect=_distance(with_adapter, without),
-        tolerance=max(_TIMES_BASE_ERROR * base_error, _TIMES_EPSILON * torch.finfo(dtype).eps),
-    )
-
-
-def probe_tokens(digest: str, vocab_size: int) -> Tensor:
-    """`[NUM_TOKENS]` int64, the same for a digest wherever it is probed."""
-    seed = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "little")
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, vocab_size, NUM_TOKENS))
+def probe_tokens(vocab_size: int) -> Tensor:
+    """`[NUM_TOKENS]` int64, always the same, so the base model is run once."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, vocab_size, NUM_TOKENS))
 
 
 def reference_logits(decoder: Decoder, token_ids: Tensor, delta: Delta) -> Tensor:
@@ -141,10 +163,15 @@ def _turned(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def _paged_logits(
+def paged_logits(
     decoder: Decoder, pool: PagePool, block_size: int, token_ids: Tensor, digest: str | None
 ) -> Tensor:
-    """The way requests go: pages, block tables, a prefill and a decode. `[T, vocab]` fp32."""
+    """The way requests go: pages, block tables, a prefill and a decode. `[T, vocab]` fp32.
+
+    digest: None for the base model.
+    """
+    for arrival in () if digest is None else pool.arriving([digest]):
+        arrival.wait(arrival.num_layers - 1)
     config, device = decoder.config, token_ids.device
     num_blocks = -(-NUM_TOKENS // block_size)
     kv = decoder.ops.kv_cache(

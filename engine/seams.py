@@ -8,10 +8,11 @@ can prepare step n + 1 while a GPU runs n.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loraplex.engine.api import TokenLogprobs
+from loraplex.engine.api import AdapterProbe, TokenLogprobs
 from loraplex.engine.sequence import Sequence
 
 
@@ -104,3 +105,19 @@ class Runner(Protocol):
         When this raises, the step is over, too; the steps launched after it are still collected.
         """
         ...
+
+
+class Prober(Protocol):
+    """Compares an adapter's pages with its files. Used from the engine's thread."""
+
+    def read(self, digest: str) -> Future[Any]:
+        """Begin to read the files; for `compare`."""
+        ...
+
+    def run_paged(self, digest: str) -> Any:
+        """Run it, which must be on the device; for `compare`. As long as two short steps."""
+        ...
+
+    def compare(self, loaded: Any, paged: Any) -> AdapterProbe: ...
+
+    def close(self) -> None: ...
