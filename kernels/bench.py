@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--peer", action="append", default=[], metavar="NAME=FOLDER", type=_peer,
         help="time vllm's or sglang's kernels from an unpacked wheel beside ours",
     )  # fmt: skip
+    parser.add_argument("--commit", help="of this source, where there is no git to ask")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     chosen = parser.parse_args(arguments)
     device = "cpu" if chosen.dry_run else chosen.device
@@ -57,10 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
     else:
         results = cpu_bench.run_cpu_bench(chosen.cases)
+    facts = versions(torch.device(device))
+    if chosen.commit:
+        facts["commit"] = chosen.commit
     report = {
         "bench": "kernels",
         "device": device,
-        **versions(torch.device(device)),
+        **facts,
         "seconds": round(time.perf_counter() - start, 1),
         **results,
     }

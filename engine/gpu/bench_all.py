@@ -45,7 +45,7 @@ def parts(*, dry_run: bool, peers: Sequence[str], commit: str | None) -> list[Pa
     shapes = () if dry_run else ("--shape", "llama-3-8b", "--shape", "qwen2.5-0.5b")
 
     def kernel_cases(name: str, seconds: float, *cases: str) -> Part:
-        command = (*kernels, *cases, "--seconds", str(seconds), *dry, *beside)
+        command = (*kernels, *cases, "--seconds", str(seconds), *dry, *known, *beside)
         return Part(name, command, seconds + STARTING_SECONDS, "--out")
 
     def model(shape: str, seconds: float) -> Part:
