@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-import msgspec
+from loraplex.engine.structs import Raw, Struct
 
 
 class FinishReason(StrEnum):
@@ -19,7 +19,7 @@ class FinishReason(StrEnum):
     ERROR = "error"  # failed; the output carries `error`
 
 
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class SamplingParams(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How to choose tokens. Values are validated by `engine/validation.py`, not here.
 
     `temperature == 0` is greedy. `top_k <= 0` and `min_p == 0` and `top_p == 1` switch their
@@ -43,11 +43,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = {}  # noqa: RUF012 - a copy for each, as in msgspec
     allowed_token_ids: tuple[int, ...] | None = None
 
 
-class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
+class AdapterUse(Struct, frozen=True, array_like=True):
     """One member of a request's composition: an adapter (by digest, hex without prefix) and its
     weight.
     """
@@ -56,7 +56,7 @@ class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
     weight: float = 1.0
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class GenerationRequest(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One sequence to generate. `request_id` is unique among live requests. No adapters = the
     base model.
     """
@@ -69,7 +69,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True, kw_only
     priority: int = 0  # lower runs first
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(Struct, frozen=True, array_like=True):
     """Natural-log probabilities of one position from the raw logits (before temperature and
     filters).
     """
@@ -81,19 +81,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+class ErrorInfo(Struct, frozen=True, array_like=True):
     code: str
     message: str
     kind: str = ""  # the code of its EngineError class, where `code` is more special than that
 
 
-class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class SequenceOutput(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """News of one request from one step. Exactly one output per request has a `finish_reason`:
     its last.
     """
 
     request_id: str
-    token_ids: list[int] = []
+    token_ids: list[int] = []  # noqa: RUF012
     logprobs: list[TokenLogprobs] | None = None  # one entry per new token, when asked for
     # With the first output; entry 0 is None.
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -106,7 +106,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     queue_s: float | None = None
 
 
-class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
+class ModuleShape(Struct, frozen=True, array_like=True):
     """A linear module that adapters may target: `path` relative to the causal LM, e.g.
     `model.layers.0.self_attn.q_proj`; weight is `[out_features, in_features]`."""
 
@@ -115,7 +115,7 @@ class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
     out_features: int
 
 
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+class ModelInfo(Struct, frozen=True, kw_only=True):
     """Everything the API process has to know of the model; it never opens the model's directory."""
 
     name: str  # directory name or hub id, as given
@@ -137,7 +137,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
 
 
-class MemoryInfo(msgspec.Struct, frozen=True, kw_only=True):
+class MemoryInfo(Struct, frozen=True, kw_only=True):
     """Bytes, by purpose. `adapter_page_bytes` = one 16-rank page that adapts every module."""
 
     weights_bytes: int
@@ -167,7 +167,7 @@ class AdapterState(StrEnum):
     FAILED = "failed"
 
 
-class AdapterResidencyInfo(msgspec.Struct, frozen=True, kw_only=True):
+class AdapterResidencyInfo(Struct, frozen=True, kw_only=True):
     digest: str
     state: AdapterState
     rank: int
@@ -185,7 +185,7 @@ class AdapterResidencyInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):
+class AdapterProbe(Struct, frozen=True, kw_only=True):
     """What an adapter does here, against plain arithmetic on its files (`engine/probe.py`).
 
     error, base_error, effect: norms of differences of logits, relative to the norm of the logits:
@@ -200,12 +200,12 @@ class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):
     effect: float  # 0: the adapter changes nothing
 
 
-class FreedBytes(msgspec.Struct, frozen=True, kw_only=True):
+class FreedBytes(Struct, frozen=True, kw_only=True):
     device_bytes: int = 0
     host_bytes: int = 0
 
 
-class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
+class RequestInfo(Struct, frozen=True, kw_only=True):
     request_id: str
     state: str  # "running" | "waiting"
     waiting_reason: str | None  # "kv" | "slot" | "adapter_loading" | "quota" | None
@@ -215,7 +215,7 @@ class RequestInfo(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot, sent about once a second while there is work and on request. Counters only
     grow.
     """
@@ -246,15 +246,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 # --- messages: API process -> engine process ---
 
 
-class Submit(msgspec.Struct, frozen=True, tag="submit"):
+class Submit(Struct, frozen=True, tag="submit"):
     requests: list[GenerationRequest]
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+class Cancel(Struct, frozen=True, tag="cancel"):
     request_ids: list[str]
 
 
-class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
+class Call(Struct, frozen=True, tag="call", omit_defaults=True):
     """A question or order that is answered by one `Answer` with the same `call_id`.
 
     Methods: "memory" -> MemoryInfo, "stats" -> EngineStats, "requests" -> list[RequestInfo],
@@ -276,7 +276,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     timeout_s: float | None = None
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+class Shutdown(Struct, frozen=True, tag="shutdown"):
     pass
 
 
@@ -285,7 +285,7 @@ ToEngine = Submit | Cancel | Call | Shutdown
 # --- messages: engine process -> API process ---
 
 
-class Progress(msgspec.Struct, frozen=True, tag="progress"):
+class Progress(Struct, frozen=True, tag="progress"):
     """Start-up news for a progress bar."""
 
     phase: str
@@ -293,28 +293,28 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     total: int
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
+class Ready(Struct, frozen=True, tag="ready"):
     model: ModelInfo
     memory: MemoryInfo
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+class Failed(Struct, frozen=True, tag="failed"):
     """Start-up failed, for good; the process exits after it."""
 
     error: ErrorInfo
 
 
-class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+class Outputs(Struct, frozen=True, tag="outputs"):
     """All news of one step in one message."""
 
     outputs: list[SequenceOutput]
 
 
-class Stats(msgspec.Struct, frozen=True, tag="stats"):
+class Stats(Struct, frozen=True, tag="stats"):
     stats: EngineStats
 
 
-class AdapterEvent(msgspec.Struct, frozen=True, tag="adapter_event", omit_defaults=True):
+class AdapterEvent(Struct, frozen=True, tag="adapter_event", omit_defaults=True):
     """One transition of an adapter's residency."""
 
     digest: str
@@ -325,17 +325,17 @@ class AdapterEvent(msgspec.Struct, frozen=True, tag="adapter_event", omit_defaul
     detail: str = ""
 
 
-class Answer(msgspec.Struct, frozen=True, tag="answer", omit_defaults=True):
+class Answer(Struct, frozen=True, tag="answer", omit_defaults=True):
     """`result` is the msgpack of the method's result type; exactly one of result and error is
     set.
     """
 
     call_id: int
-    result: msgspec.Raw = msgspec.Raw(b"\xc0")
+    result: Raw = Raw(b"\xc0")
     error: ErrorInfo | None = None
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+class Heartbeat(Struct, frozen=True, tag="heartbeat"):
     time: float
     steps: int
 
