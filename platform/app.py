@@ -85,6 +85,7 @@ def create_app(
             hub_endpoint=settings.hub_endpoint,
             buckets=settings.source_buckets,
             directories=settings.source_directories,
+            max_pulls=settings.max_pulls,
         )
         pull_service = PullService(
             db,
@@ -121,7 +122,7 @@ def create_app(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await pull_service.close()
-            await client.close()
+            await sources.close()
             await serving.stop()
             await runtime.usage.flush()
             await db.close()

@@ -80,7 +80,10 @@ def refuse_address(text: str, *, allow_private: bool) -> None:
 
     Link-local, multicast, reserved and metadata addresses are never allowed.
     """
-    address = _unwrapped(ipaddress.ip_address(text))
+    try:
+        address = _unwrapped(ipaddress.ip_address(text))
+    except ValueError:  # 127.1 and other spellings that only the C library reads
+        raise AddressRefused(f"{text!r} is no plain address") from None
     if (
         address in _METADATA
         or address.is_link_local

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from loraplex.platform.errors import ApiError
-from loraplex.platform.finishing import finished
 from loraplex.platform.sources.directories import ARCHIVES
 from loraplex.platform.sources.origin import Broken, Opened
 
@@ -26,15 +26,17 @@ T = TypeVar("T")
 class BucketOrigin:
     """An archive, or a prefix with the two files."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, threads: Executor) -> None:
+        """threads: for the file system's calls, which may hang for as long as it pleases."""
         self._url = url
+        self._threads = threads
         self.shown = url
         self.packed = url.endswith(ARCHIVES)
 
     @asynccontextmanager
     async def open(self, name: str, offset: int, validator: str | None) -> AsyncIterator[Opened]:
         url = self._url if self.packed else f"{self._url.rstrip('/')}/{name}"
-        system, path = await asyncio.to_thread(_file_system, url)
+        system, path = await self._asked(url, lambda: _file_system(url))
         info = await self._asked(url, lambda: system.info(path))
         total = info.get("size")
         stamp = str(info.get("ETag") or info.get("etag") or info.get("LastModified") or "")
@@ -46,19 +48,21 @@ class BucketOrigin:
                 await self._asked(url, lambda: file.seek(start))
             yield Opened(self._chunks(url, file), start, total, stamp or None)
         finally:
-            await finished(asyncio.to_thread(file.close))
+            self._threads.submit(file.close)
 
     async def _chunks(self, url: str, file: Any) -> AsyncIterator[bytes]:
         while chunk := await self._asked(url, lambda: file.read(CHUNK_BYTES)):
             yield chunk
 
     async def _asked(self, url: str, ask: Callable[[], T]) -> T:
-        """One call of a file system, in a thread, its errors as ours.
+        """One call of a file system, its errors as ours. A cancelled one is left to its thread.
 
         What a file system raises is its own affair, so the message has only the kind of it.
         """
         try:
-            return await finished(asyncio.to_thread(ask))
+            return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        except ApiError:
+            raise
         except FileNotFoundError:
             raise ApiError("source_failed", f"there is no {url}") from None
         except PermissionError:

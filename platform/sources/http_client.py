@@ -8,6 +8,7 @@ us, unchecked. Messages name a URL without its query, and a redirect's target by
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -39,10 +40,13 @@ class HttpClient:
         *,
         allow_private: bool = False,
         resolver: AbstractResolver | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """resolver, tls: other name service or trust than the system's, for tests."""
         self._hosts = hosts
         self._allow_private = allow_private
         self._resolver = resolver
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -67,8 +71,9 @@ class HttpClient:
                 "allows http too)",
                 param="source",
             )
-        if not self._hosts.allows(url.scheme, url.host, url.port):
-            host = f"[{url.host}]" if ":" in url.host else url.host
+        host = url.raw_host or url.host  # as it is asked for: xn--... rather than letters
+        if not self._hosts.allows(url.scheme, host, url.port):
+            host = f"[{host}]" if ":" in host else host
             named = host if url.is_default_port() else f"{host}:{url.port}"
             raise ApiError(
                 "source_not_allowed",
@@ -144,6 +149,7 @@ class HttpClient:
         if self._session is None:
             connector = aiohttp.TCPConnector(
                 resolver=self._resolver,
+                ssl=True if self._tls is None else self._tls,
                 use_dns_cache=False,
                 happy_eyeballs_delay=None,  # one address after the other: a refusal is final
                 socket_factory=partial(guarded_socket, allow_private=self._allow_private),
@@ -154,6 +160,7 @@ class HttpClient:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 trust_env=False,
+                read_bufsize=CHUNK_BYTES,
                 headers={"User-Agent": "loraplex"},
                 timeout=aiohttp.ClientTimeout(
                     total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_TIMEOUT_S
@@ -215,6 +222,9 @@ def _told_apart(name: str) -> Iterator[None]:
         raise ApiError("source_not_allowed", f"{name}: {error}", param="source") from None
     except aiohttp.InvalidURL:
         raise ApiError("source_failed", f"{name} leads to something that is no URL") from None
+    except aiohttp.ClientConnectorCertificateError:
+        message = f"{name}: its certificate is not valid for it, or by nobody this server trusts"
+        raise ApiError("source_failed", message) from None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise Broken(f"{name}: {_reason(error)}") from None
 
@@ -237,8 +247,6 @@ def _validator(headers: Mapping[str, str]) -> str | None:
 
 def _reason(error: BaseException) -> str:
     """In words, and without the URL that aiohttp likes to quote."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return "its certificate is not valid for it"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "its name cannot be resolved"
     if isinstance(error, aiohttp.ClientConnectorError):

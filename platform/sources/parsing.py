@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from yarl import URL
@@ -34,11 +35,18 @@ class Sources:
         hub_endpoint: str,
         buckets: tuple[str, ...],
         directories: dict[str, Path],
+        max_pulls: int,
     ) -> None:
         self._client = client
         self._hub_endpoint = hub_endpoint
         self._buckets = buckets
         self._directories = directories
+        self._threads = ThreadPoolExecutor(max_pulls, thread_name_prefix="bucket")
+
+    async def close(self) -> None:
+        """Once no pull runs any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._client.close()
 
     def origin(self, source: str, revision: str | None = None, token: str | None = None) -> Origin:
         """Raises: ApiError(invalid_request | source_not_allowed)."""
@@ -112,7 +120,7 @@ class Sources:
                 f"(allowed: {known}); --source-buckets {protocol}://{parts[0]} adds it",
                 param="source",
             )
-        return buckets.BucketOrigin(source)
+        return buckets.BucketOrigin(source, self._threads)
 
 
 def _invalid(message: str, param: str = "source") -> ApiError:

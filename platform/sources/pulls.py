@@ -350,7 +350,7 @@ class PullService:
             ended.bytes_done, ended.retries = progress.bytes_done, progress.retries
             ended.bytes_total = progress.bytes_total
         ended.status, ended.ended_at = status, utc_now()
-        ended.error = None if error is None else _problem(error)
+        ended.error = None if error is None else _problem(error, row.source)
         async with self._db.unit_of_work() as session:
             await PullRepository(session).replace(ended)
             if error is not None:
@@ -426,10 +426,12 @@ def _ordered(row: Pull) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _problem(error: ApiError | AdapterError) -> dict[str, Any]:
+def _problem(error: ApiError | AdapterError, source: str) -> dict[str, Any]:
     """As the body of an upload's refusal has it."""
     problem: dict[str, Any] = {"code": error.code, "message": error.message}
     if isinstance(error, AdapterRefused):
         problem["message"] = f"adapter refused: {error.message}"
         problem["details"] = [found.to_dict() for found in error.problems]
+        if error.problems[0].code == "archive_format" and source.startswith("http"):
+            problem["message"] += " (the URL of a folder with the two files ends with /)"
     return problem

@@ -8,14 +8,22 @@ import asyncio
 import io
 import json
 import logging
+import shutil
+import ssl
+import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
+from loraplex.platform.errors import ApiError
 from loraplex.platform.sources import transfer
+from loraplex.platform.sources.addresses import HostList
+from loraplex.platform.sources.http_client import HttpClient
 
 TOKEN = "hf_very-secret-token"
 ARCHIVE = "/a.tar.gz"
@@ -261,6 +269,54 @@ async def test_redirects_are_checked_like_the_first_address(
         assert elsewhere.requests == []
 
 
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """(server's, client's): a certificate for 127.0.0.1, and trust in it."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "1", "-subj", "/CN=source", "-addext"]
+    command += ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate, key)
+    return server, ssl.create_default_context(cafile=str(certificate))
+
+
+async def test_https_stays_https(remote: Any, source_server_module: Any, tls: Any) -> None:
+    async with source_server_module.serving(tls[0]) as secure:
+        secure.files["/a"] = b"abc"
+        redirect(secure, "/b", "/a")
+        redirect(secure, "/c", remote.url(ARCHIVE))
+        hosts = HostList([secure.host, remote.host])
+        client = HttpClient(hosts, allow_private=True, tls=tls[1])
+        try:
+            for path in ("/a", "/b"):
+                async with client.open(URL(f"https://{secure.host}{path}")) as opened:
+                    assert b"".join([chunk async for chunk in opened.chunks]) == b"abc"
+            with pytest.raises(ApiError, match="stay https") as refused:
+                async with client.open(URL(f"https://{secure.host}/c"), token=TOKEN):
+                    pytest.fail("followed")
+            assert refused.value.code == "source_not_allowed"
+        finally:
+            await client.close()
+    assert remote.requests == []
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_refused(
+    pulling: Any, source_server_module: Any, tls: Any
+) -> None:
+    async with (
+        source_server_module.serving(tls[0]) as secure,
+        pulling(source_hosts=secure.host) as server,
+    ):
+        error = await failure(server, f"https://{secure.host}/a")
+        assert (error["code"], secure.requests) == ("source_failed", [])
+        assert "certificate" in error["message"]
+
+
 # --- contents -------------------------------------------------------------------------------------
 
 
@@ -315,6 +371,7 @@ async def test_a_bad_archive_gets_the_problems_of_an_upload(pulling: Any, remote
             remote.files["/bad"] = body
             error = await failure(server, remote.url("/bad"))
             assert error["code"] == "adapter_refused"
+            assert ("ends with /" in error["message"]) == (body == b"<html>" or not body)
             upload = await server.http.post(
                 "/v1/adapters", data={"name": "sql"}, files={"archive": ("a", body)}
             )

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
+from pydantic import ValidationError
 from yarl import URL
 
 from loraplex.platform.errors import ApiError
+from loraplex.platform.settings import Settings
 from loraplex.platform.sources import transfer
 from loraplex.platform.sources.addresses import HostList, refuse_address
 from loraplex.platform.sources.http_client import HttpClient
@@ -352,6 +354,66 @@ async def test_metadata_addresses_stay_closed_in_private_networks(pulling: Any) 
     async with pulling(source_hosts="*") as server:
         for host in ("169.254.169.254", "100.100.100.200", "[fd00:ec2::254]", "0.0.0.0"):
             assert (await failure(server, f"http://{host}/a"))["code"] == "source_not_allowed"
+
+
+async def test_odd_spellings_of_addresses_lead_nowhere(start: Any, remote: Any) -> None:
+    async with start(source_hosts=f"*:{remote.port}") as server:
+        for host in ("127.1", "2130706433", "0x7f000001", "0177.0.0.1"):
+            error = await failure(server, f"https://{host}:{remote.port}/a")
+            assert error["code"] in ("source_failed", "source_not_allowed"), host
+    assert remote.requests == []
+
+
+async def test_http_is_for_private_networks(start: Any, remote: Any) -> None:
+    async with start(source_hosts=f"{remote.host},example.org") as server:
+        for source in (remote.url("/a"), "http://example.org/a"):
+            refused = (await order(server, source)).json()["error"]
+            assert refused["code"] == "source_not_allowed"
+            assert "not encrypted" in refused["message"]
+    assert remote.requests == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "allowed", "refused"),
+    [
+        ("example.org", "https://example.org", "https://a.example.org"),
+        ("example.org", "https://EXAMPLE.org.", "https://example.org:8443"),
+        ("example.org:8443", "https://example.org:8443", "https://example.org"),
+        ("*.example.org", "https://a.b.example.org", "https://example.org"),
+        ("*.example.org", "https://a.example.org", "https://badexample.org"),
+        ("*", "https://anything.net", "https://anything.net:22"),
+        ("[0:0::1]", "https://[::1]", "https://[::2]"),
+    ],
+)
+def test_entries_of_the_allow_list(entry: str, allowed: str, refused: str) -> None:
+    hosts = HostList([entry])
+    for text, expected in ((allowed, True), (refused, False)):
+        url = URL(text)
+        assert url.host is not None
+        assert url.port is not None
+        assert hosts.allows(url.scheme, url.host, url.port) is expected, text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source_hosts", "https://example.org"),
+        ("source_hosts", "a b"),
+        ("source_hosts", "*example.org"),
+        ("source_buckets", "bucket"),
+        ("source_buckets", "file:///etc"),
+        ("source_buckets", "https://example.org/x"),
+        ("source_buckets", "simplecache::s3://x"),
+        ("source_dirs", "/srv/adapters"),
+        ("source_dirs", "a=relative/path"),
+        ("source_dirs", "a=/x,a=/y"),
+        ("hub_endpoint", "huggingface.co"),
+        ("max_pulls", "0"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(name: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Settings(**{"model": "m", name: value})
 
 
 class Rebinding(AbstractResolver):
