@@ -16,7 +16,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex.adapters.errors import AdapterError, AdapterRefused
+from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
 from loraplex.adapters.store import Staging
 from loraplex.platform.adapter_service import ARCHIVE_FILE, AdapterService
@@ -31,6 +31,7 @@ from loraplex.platform.sources import pull_view
 from loraplex.platform.sources.http_origins import SIGNED
 from loraplex.platform.sources.origin import Origin
 from loraplex.platform.sources.parsing import Sources
+from loraplex.platform.sources.pull_rows import copy_of, new_row, ordered, problem_of
 from loraplex.platform.sources.schemas import PullList, PullObject, PullOrder
 from loraplex.platform.sources.transfer import Progress, fetch
 
@@ -48,8 +49,8 @@ class Job:
     row: Pull
     order: Registration
     origin: Origin
-    token: str | None = None  # to tell two orders apart; the origin has its own
-    source: str = ""
+    source: str  # whole: with this and the token two orders are told apart
+    token: str | None = None
     progress: Progress = field(default_factory=Progress)
     cancelled_by: str | None = None
     task: asyncio.Task[None] | None = None
@@ -58,14 +59,7 @@ class Job:
         return self._identity() == other._identity()
 
     def _identity(self) -> tuple[Any, ...]:
-        return (
-            self.source,
-            self.row.revision,
-            self.row.pin,
-            self.row.stamp,
-            self.order,
-            self.token,
-        )
+        return (self.source, self.row.pin, self.row.stamp, self.order, self.token)
 
 
 @dataclass(slots=True)
@@ -115,11 +109,12 @@ class PullService:
             metadata=order.metadata,
         )
         origin = self._sources.origin(order.source, order.revision, token)
-        row = _row(registration, origin, actor)
+        row = new_row(registration, origin, actor)
         row.revision = order.revision
         row.pin = None if order.digest is None else order.digest.removeprefix("sha256:")
         row.has_secret = token is not None or origin.shown.endswith(SIGNED)
-        await self._launch(Job(row, registration, origin, token, order.source), model)
+        source = order.source if row.has_secret else origin.shown
+        await self._launch(Job(row, registration, origin, source, token), model)
 
     async def pull_folder(
         self, name: str, origin: Origin, stamp: str, model: ServedModel, actor: str
@@ -128,9 +123,9 @@ class PullService:
         registration = Registration.checked(
             model, name=name, alias=None, description=None, metadata=None
         )
-        row = _row(registration, origin, actor)
+        row = new_row(registration, origin, actor)
         row.stamp = stamp
-        job = Job(row, registration, origin, source=origin.shown)
+        job = Job(row, registration, origin, origin.shown)
         await self._launch(job, model)
         return job
 
@@ -179,10 +174,11 @@ class PullService:
             row = await PullRepository(session).get(name)
         return None if row is None else pull_view.pull_object(row)
 
-    async def stamp_of(self, name: str) -> str | None:
-        """Of the watched folder that this adapter was pulled from, if that went well."""
-        row = await self.row(name)
-        return row.stamp if row is not None and row.status == "ready" else None
+    async def folder_stamps(self) -> dict[str, str]:
+        """adapter -> the state of the watched folder that was pulled last, and went well."""
+        async with self._db.read() as session:
+            rows = await PullRepository(session).all()
+        return {row.name: row.stamp for row in rows if row.stamp and row.status == "ready"}
 
     async def row(self, name: str) -> Pull | None:
         """The last pull of this name as the registry has it, or as it is under way."""
@@ -249,9 +245,8 @@ class PullService:
         row.restarts += 1
         row.status = "queued"
         row.bytes_done, row.bytes_total = 0, None
-        await self._launch(
-            Job(_copy(row), order, origin, source=row.source), model, action="adapter.pull.restart"
-        )
+        job = Job(copy_of(row), order, origin, origin.shown)
+        await self._launch(job, model, action="adapter.pull.restart")
 
     # --- one pull ---------------------------------------------------------------------------------
 
@@ -269,7 +264,7 @@ class PullService:
                 )
             if len(self._jobs) >= MAX_UNFINISHED:
                 raise ApiError("queue_full", f"{MAX_UNFINISHED} pulls are waiting; try again later")
-            await self._save(job.row, action, _ordered(job.row))
+            await self._save(job.row, action, ordered(job.row))
             self._jobs[name] = job
             job.task = asyncio.create_task(self._run(job, model), name=f"pull {name}")
 
@@ -335,7 +330,7 @@ class PullService:
 
     async def _save(self, row: Pull, action: str, after: dict[str, Any]) -> None:
         async with self._db.unit_of_work() as session:
-            await PullRepository(session).replace(_copy(row))
+            await PullRepository(session).replace(copy_of(row))
             AuditRepository(session).add(row.actor, action, row.name, after=after)
 
     async def _end(
@@ -345,12 +340,12 @@ class PullService:
         error: ApiError | AdapterError | None,
         progress: Progress | None = None,
     ) -> None:
-        ended = _copy(row)
+        ended = copy_of(row)
         if progress is not None:
             ended.bytes_done, ended.retries = progress.bytes_done, progress.retries
             ended.bytes_total = progress.bytes_total
         ended.status, ended.ended_at = status, utc_now()
-        ended.error = None if error is None else _problem(error, row.source)
+        ended.error = None if error is None else problem_of(error, row.source)
         async with self._db.unit_of_work() as session:
             await PullRepository(session).replace(ended)
             if error is not None:
@@ -367,7 +362,7 @@ class PullService:
                 job.cancelled_by or row.actor,
                 "adapter.pull.cancel",
                 row.name,
-                before=_ordered(row),
+                before=ordered(row),
             )
         self._over(row, "cancelled", None)
 
@@ -385,53 +380,3 @@ class PullService:
 
 def never_pulled(name: str) -> ApiError:
     return ApiError("not_found", f"adapter {name[:140]!r} was never pulled")
-
-
-def _row(order: Registration, origin: Origin, actor: str) -> Pull:
-    return Pull(
-        tenant="default",
-        name=order.name,
-        source=origin.shown,
-        has_secret=False,
-        alias=order.alias,
-        description=order.description,
-        metadata_=order.metadata,
-        actor=actor,
-        status="queued",
-        bytes_done=0,
-        retries=0,
-        restarts=0,
-        created_at=utc_now(),
-    )
-
-
-_COLUMNS: tuple[str, ...] = tuple(
-    attribute for attribute in Pull.__mapper__.column_attrs.keys() if attribute != "id"
-)
-
-
-def _copy(row: Pull) -> Pull:
-    """The same pull as a row of no session."""
-    return Pull(**{name: getattr(row, name) for name in _COLUMNS})
-
-
-def _ordered(row: Pull) -> dict[str, Any]:
-    """What was asked for, for the audit log."""
-    asked = {
-        "source": row.source,
-        "revision": row.revision,
-        "digest": None if row.pin is None else f"sha256:{row.pin}",
-        "alias": row.alias,
-    }
-    return {name: value for name, value in asked.items() if value is not None}
-
-
-def _problem(error: ApiError | AdapterError, source: str) -> dict[str, Any]:
-    """As the body of an upload's refusal has it."""
-    problem: dict[str, Any] = {"code": error.code, "message": error.message}
-    if isinstance(error, AdapterRefused):
-        problem["message"] = f"adapter refused: {error.message}"
-        problem["details"] = [found.to_dict() for found in error.problems]
-        if error.problems[0].code == "archive_format" and source.startswith("http"):
-            problem["message"] += " (the URL of a folder with the two files ends with /)"
-    return problem

@@ -36,10 +36,7 @@ class Watcher:
 
     async def run(self, model: ServedModel) -> None:
         """Until cancelled."""
-        for row in (await self._pulls.page()).data:
-            stamp = await self._pulls.stamp_of(row.id)
-            if stamp is not None:
-                self._done[row.id] = stamp
+        self._done = await self._pulls.folder_stamps()
         while True:
             try:
                 await self._look(model)

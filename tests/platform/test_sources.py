@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from pydantic import ValidationError
+from sqlalchemy import update
 from yarl import URL
 
 from loraplex.platform.errors import ApiError
@@ -305,6 +306,32 @@ async def test_a_watched_directory_is_followed(
         again = (await actions(server))[before:]
         assert again.count("adapter.register") == 0
         assert again.count("adapter.pull") == 1  # the broken one, which may fit by now
+
+
+async def test_a_watched_folder_whose_pull_was_interrupted_is_read_again(
+    start: Any, tmp_path: Path, adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraplex.platform.models import Pull
+    from loraplex.platform.sources import watcher
+
+    monkeypatch.setattr(watcher, "POLL_S", 0.02)
+    write_folder(tmp_path / "watched" / "sql", adapter)
+
+    async def reach(server: Any, action: str, count: int) -> None:
+        async with asyncio.timeout(10):
+            while (await actions(server)).count(action) < count:
+                await asyncio.sleep(0.01)
+
+    async with start(watch_dir=tmp_path / "watched") as server:
+        await reach(server, "adapter.register", 1)
+        assert (await ended(server))["status"] == "ready"
+        async with server.runtime.db.unit_of_work() as session:
+            await session.execute(update(Pull).values(status="downloading"))
+    async with start(watch_dir=tmp_path / "watched") as server:
+        await reach(server, "adapter.pull", 2)
+        assert (await ended(server))["status"] == "ready"
+        assert (await actions(server)).count("adapter.pull.fail") == 1
+        assert (await server.http.get("/v1/adapters/sql")).json()["version"] == 1
 
 
 # --- what operators did not allow -----------------------------------------------------------------
