@@ -181,7 +181,7 @@ asyncio.run(main())
 @pytest.mark.parametrize(
     ("point", "survivors"),
     [
-        ("AdapterService._inspect = die_now", {"kept"}),
+        ("AdapterService.inspect = die_now", {"kept"}),
         ("AdapterService._insert = die", {"kept"}),
         ("AdapterService._release = die", {"kept", "lost"}),
         ("app.state.runtime.store.remove = die_now", {"lost"}),
