@@ -6,18 +6,30 @@ nothing: that is `load_planner.py`'s and the callers' business. Standard library
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loraplex.adapters.eviction import Use, UseClock
-from loraplex.adapters.residency import AdapterSize, AdapterState, LoadDone, Loader, Stage
+from loraplex.adapters.residency import (
+    AdapterSize,
+    AdapterState,
+    LoadDone,
+    Loader,
+    Phase,
+    Seconds,
+    Stage,
+    Transition,
+)
 
 Rank = tuple[int, int]  # (priority, arrival)
-OnTransition = Callable[[str, AdapterState, AdapterState, float, str], None]
+OnTransition = Callable[[Transition], None]
 
 ON_DEVICE = (AdapterState.DEVICE_LOADING, AdapterState.DEVICE, AdapterState.DRAINING)
 LOADING = (AdapterState.HOST_LOADING, AdapterState.DEVICE_LOADING)
+MAX_BOOKS = 4096  # adapters with books; those that are nowhere are forgotten beyond it
+_FORGET_SHARE = 8  # one in so many at a time
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 
 
@@ -32,14 +44,16 @@ class Resident:
     has_host_image: bool = False
     running: int = 0
     wants: list[Rank] = field(default_factory=list)  # sorted
+    wanted_at: float = 0.0  # clock of the first of them
     pinned: bool = False
     refused: bool = False  # being forgotten: no new requests
     evict_after_drain: bool = False  # drained by order of an operator, not for room
     loaded_at: float | None = None  # clock
     last_used_at: float | None = None  # clock
-    tick: int = 0  # of the last use, a load included
+    tick: int = 0  # of the last use; loads and the beginning of these books included
     use: Use = field(default_factory=Use)  # by sequences that ran
     load_seconds: dict[Stage, float] = field(default_factory=dict)  # of the last load
+    phases: dict[Phase, float] = field(default_factory=dict)  # of the load under way
     no_room_since: float | None = None  # first time its load found no room on the device
     hits: int = 0
     loads: int = 0
@@ -86,6 +100,8 @@ class Books:
         self.num_loads = 0  # to the device, ever
         self.num_evictions = 0  # from the device, ever
         self.load_seconds = 0.0  # of both stages, ever
+        self.num_joins = 0  # wants that found their load wanted or under way already, ever
+        self.num_refusals = 0  # checks that found a failure lately, ever
         self._loader = loader
         self._ticks = 0
         self._uses = UseClock()
@@ -94,9 +110,29 @@ class Books:
         """Its books, begun now if there are none. Raises: AdapterError when it cannot be loaded."""
         resident = self.residents.get(digest)
         if resident is None:
-            resident = Resident(digest, self._loader.describe(digest), self.clock())
+            size = self._loader.describe(digest)
+            if len(self.residents) >= MAX_BOOKS:
+                self._forget_oldest()
+            self._ticks += 1
+            resident = Resident(digest, size, self.clock(), tick=self._ticks)
             self.residents[digest] = resident
         return resident
+
+    def forget(self, resident: Resident) -> None:
+        """It is nowhere, and nobody wants it: end its books."""
+        del self.residents[resident.digest]
+        self._loader.forget(resident.digest)
+
+    def _forget_oldest(self) -> None:
+        now = self.clock()
+        nowhere = [
+            r
+            for r in self.residents.values()
+            if r.state in (AdapterState.ABSENT, AdapterState.FAILED)
+            and not (r.wants or r.pinned or r.refused or r.retry_at > now)
+        ]
+        for resident in heapq.nsmallest(MAX_BOOKS // _FORGET_SHARE, nowhere, lambda r: r.tick):
+            self.forget(resident)
 
     def touch(self, resident: Resident) -> None:
         """It was used."""
@@ -122,14 +158,24 @@ class Books:
                 cost += seconds.get(Stage.HOST, 0.0)
         return self._uses.worth(resident.use, num_bytes, cost)
 
-    def change(self, resident: Resident, state: AdapterState, detail: str = "") -> None:
+    def change(
+        self,
+        resident: Resident,
+        state: AdapterState,
+        detail: str = "",
+        *,
+        reason: str = "",
+        phases: Seconds | None = None,
+    ) -> None:
         now = self.clock()
         before, seconds = resident.state, now - resident.since
         self._unqueue(resident)
         resident.state, resident.since = state, now
         self._enqueue(resident)
         if self.on_transition is not None:
-            self.on_transition(resident.digest, before, state, seconds, detail)
+            self.on_transition(
+                Transition(resident.digest, before, state, seconds, detail, reason, phases or {})
+            )
 
     # --- wants ----------------------------------------------------------------------------------
 
@@ -142,6 +188,10 @@ class Books:
                 self.change(resident, AdapterState.ABSENT, "retry")
             if resident.state is AdapterState.DEVICE:
                 resident.hits += 1
+            elif resident.wants or resident.state in LOADING:
+                self.num_joins += 1
+            if not resident.wants:
+                resident.wanted_at = self.clock()
             self._unqueue(resident)
             insort(resident.wants, rank)
             self._enqueue(resident)
@@ -176,18 +226,25 @@ class Books:
     def begin_host_load(self, resident: Resident) -> None:
         self.host_bytes_used += resident.size.host_bytes
         self.loads_under_way[Stage.HOST] += 1
-        self.change(resident, AdapterState.HOST_LOADING)
+        resident.phases = {Phase.QUEUE: self._waited(resident)}
+        self.change(resident, AdapterState.HOST_LOADING, f"{len(resident.wants)} wait for it")
         self._loader.begin_host_load(resident.digest)
 
     def begin_device_load(self, resident: Resident) -> None:
         resident.no_room_since = None
         self.device_bytes_used += resident.size.device_bytes
         self.loads_under_way[Stage.DEVICE] += 1
-        self.change(resident, AdapterState.DEVICE_LOADING)
+        _add(resident.phases, {Phase.QUEUE: self._waited(resident)})
+        self.change(resident, AdapterState.DEVICE_LOADING, f"{len(resident.wants)} wait for it")
         self._loader.begin_device_load(resident.digest)
+
+    def _waited(self, resident: Resident) -> float:
+        """Seconds that its load could have begun earlier, had everything been there."""
+        return self.clock() - max(resident.since, resident.wanted_at)
 
     def end_load(self, done: LoadDone) -> None:
         resident = self.residents[done.digest]
+        _add(resident.phases, done.phases)
         self.loads_under_way[done.stage] -= 1
         self.load_seconds += done.seconds
         if not done.ok:
@@ -205,7 +262,8 @@ class Books:
             resident.error = None
             resident.loaded_at = self.clock()
             self.touch(resident)
-            self.change(resident, AdapterState.DEVICE)
+            phases, resident.phases = resident.phases, {}
+            self.change(resident, AdapterState.DEVICE, phases=phases)
 
     def _fail(self, resident: Resident, done: LoadDone) -> None:
         if done.stage is Stage.DEVICE:
@@ -216,14 +274,15 @@ class Books:
         resident.failures += 1
         resident.retry_at = self.clock() + backoff_s
         resident.error, resident.error_code = done.error, done.code
-        self.change(resident, AdapterState.FAILED, done.error)
+        resident.phases = {}
+        self.change(resident, AdapterState.FAILED, done.error, reason=done.code)
         if resident.has_host_image:
             self.drop_host(resident, "failed")  # it may be the image that is bad
         for rank in list(resident.wants):
             self.fail_want(rank, done.code, done.error)
 
-    def drop_device(self, resident: Resident, detail: str) -> int:
-        """Returns the bytes freed."""
+    def drop_device(self, resident: Resident, detail: str, reason: str) -> int:
+        """Returns the bytes freed. reason: "room", "order" or "deleted"."""
         assert resident.running == 0, f"{resident.digest} is in use"
         freed = self._loader.drop_device(resident.digest)
         self.device_bytes_used -= resident.size.device_bytes
@@ -232,7 +291,7 @@ class Books:
         resident.loaded_at = None
         resident.evict_after_drain = False
         to = AdapterState.HOST if resident.has_host_image else AdapterState.ABSENT
-        self.change(resident, to, detail)
+        self.change(resident, to, detail, reason=reason)
         return freed
 
     def drop_host(self, resident: Resident, detail: str) -> int:
@@ -243,6 +302,7 @@ class Books:
         resident.has_host_image = False
         self.host_bytes_used -= resident.size.host_bytes
         if resident.state is AdapterState.HOST:
+            resident.phases = {}
             self.change(resident, AdapterState.ABSENT, detail)
         return freed
 
@@ -270,3 +330,8 @@ class Books:
         assert wants == sorted((rank, r.digest) for r in residents for rank in r.wants), "wants"
         off_device = [r for r in residents if r.wants and r.state is not AdapterState.DEVICE]
         assert self.queue == sorted((r.wants[0], r.digest) for r in off_device), "queue"
+
+
+def _add(phases: dict[Phase, float], more: Seconds) -> None:
+    for phase, seconds in more.items():
+        phases[phase] = phases.get(phase, 0.0) + seconds

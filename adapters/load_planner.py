@@ -149,7 +149,7 @@ class LoadPlanner:
         if missing > 0:
             return False
         for victim in victims:
-            self._books.drop_device(victim, f"makes room for {resident.digest}")
+            self._books.drop_device(victim, f"makes room for {resident.digest}", "room")
         return True
 
     def _make_host_room(self, num_bytes: int, rank: Rank | None) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from loraplex.adapters.page_image import PageImage
 from loraplex.adapters.page_layout import ALIGNMENT, PAGE_RANKS, PageLayout
+from loraplex.adapters.residency import Phase
 
 FORMAT = 1
 BLOCK = 4096
@@ -53,8 +54,17 @@ class PageFile:
         """folder: the adapter's, in the store."""
         return folder / f"pages-{self._key}.bin"
 
-    def read(self, folder: Path, layout: PageLayout, frames: list[Tensor]) -> PageImage | None:
-        """Fill `frames` from the file; None if there is none, or none that can be trusted."""
+    def read(
+        self,
+        folder: Path,
+        layout: PageLayout,
+        frames: list[Tensor],
+        lap: Callable[[Phase], None] = lambda phase: None,
+    ) -> PageImage | None:
+        """Fill `frames` from the file; None if there is none, or none that can be trusted.
+
+        lap: told of each phase that ends.
+        """
         path = self.path(folder)
         try:
             with path.open("rb", buffering=0) as file:
@@ -66,7 +76,10 @@ class PageFile:
                     return None
                 if not _transfer(os.preadv, file.fileno(), start, frames):
                     return None
-            if header["frames"] != [_checksum(frame) for frame in frames]:
+            lap(Phase.READ)
+            is_whole = header["frames"] == [_checksum(frame) for frame in frames]
+            lap(Phase.VERIFY)
+            if not is_whole:
                 return None
             scaling = np.frombuffer(bytes.fromhex(header["scaling"]), dtype=np.float32)
             return PageImage(layout, frames, scaling.reshape(self._table))

@@ -6,7 +6,8 @@ import from the engine: `AdapterState` has the same values as the wire's enum of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,6 +27,37 @@ class Stage(StrEnum):
     DEVICE = "device"  # host image -> device pages
 
 
+class Phase(StrEnum):
+    """What the seconds of a load went into."""
+
+    QUEUE = "queue"  # for room, for loads before it, for the loader's thread
+    READ = "read"  # of the page file, or of the weights
+    VERIFY = "verify"  # the page file's checksums
+    BUILD = "build"  # pages out of weights
+    COPY = "copy"  # to the device, until steps may begin to use it
+
+
+Seconds = Mapping[Phase, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of an adapter's state.
+
+    seconds: spent in `before`. detail: for people. reason: of those that left the device "room",
+    "order" or "deleted", of those that failed the code; else empty. phases: of those that came to
+    the device, what the load's time went into, from the first want of it on.
+    """
+
+    digest: str
+    before: AdapterState
+    after: AdapterState
+    seconds: float
+    detail: str = ""
+    reason: str = ""
+    phases: Seconds = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
     """What an adapter will take, known from its manifest before anything is loaded."""
@@ -39,7 +71,7 @@ class AdapterSize:
 @dataclass(frozen=True, slots=True)
 class LoadDone:
     """The end of one `begin_*_load`. `error` says why when not `ok`; `code` is stable and
-    machine-readable.
+    machine-readable. `phases` add up to `seconds`.
     """
 
     digest: str
@@ -48,6 +80,7 @@ class LoadDone:
     seconds: float
     error: str = ""
     code: str = "adapter_load_failed"
+    phases: Seconds = field(default_factory=dict)
 
 
 class Loader(Protocol):
@@ -76,6 +109,10 @@ class Loader(Protocol):
 
     def drop_host(self, digest: str) -> int:
         """Free the host image; returns the bytes freed."""
+        ...
+
+    def forget(self, digest: str) -> None:
+        """Nothing of it is in memory, and nobody wants it: keep nothing about it."""
         ...
 
     def poll(self) -> list[LoadDone]:

@@ -35,8 +35,7 @@ from loraplex.adapters.residency import AdapterState, Loader, Stage
 class AdapterSlots:
     """`device_bytes_total` and `host_bytes_total` bound what the loader holds.
 
-    `on_transition(digest, before, after, seconds spent in before, detail)` is called on every
-    change of state.
+    `on_transition` is called on every change of state.
     """
 
     def __init__(
@@ -103,6 +102,16 @@ class AdapterSlots:
         return self._books.load_seconds
 
     @property
+    def num_joins(self) -> int:
+        """Wants that found their load wanted or under way already, ever."""
+        return self._books.num_joins
+
+    @property
+    def num_refusals(self) -> int:
+        """Requests refused because their adapter failed lately, ever."""
+        return self._books.num_refusals
+
+    @property
     def is_loading(self) -> bool:
         return any(self._books.loads_under_way.values())
 
@@ -131,6 +140,7 @@ class AdapterSlots:
                 )
             wait_s = resident.retry_at - self._clock()
             if resident.state is AdapterState.FAILED and wait_s > 0:
+                self._books.num_refusals += 1
                 raise AdapterError(
                     f"{resident.error}; tried again in {wait_s:.0f} s, or now by an explicit load",
                     code=resident.error_code,
@@ -182,7 +192,7 @@ class AdapterSlots:
             is_over = resident.state is AdapterState.DRAINING and resident.running == 0
             # An operator's drain ends in `evict_device`, who reports the bytes.
             if is_over and not resident.evict_after_drain:
-                self._books.drop_device(resident, "drained")
+                self._books.drop_device(resident, "drained", "room")
 
     # --- the step -------------------------------------------------------------------------------
 
@@ -248,7 +258,7 @@ class AdapterSlots:
         if resident.state not in ON_DEVICE:
             return 0
         if resident.running == 0:
-            return self._books.drop_device(resident, "evicted by order")
+            return self._books.drop_device(resident, "evicted by order", "order")
         if not drain:
             raise AdapterError(
                 f"adapter {digest} is in use by {resident.running} running sequences; "
@@ -297,9 +307,11 @@ class AdapterSlots:
             return (0, 0)
         if resident.running or resident.wants or resident.state in LOADING:
             return None
-        device = self._books.drop_device(resident, "deleted") if resident.state in ON_DEVICE else 0
+        device = 0
+        if resident.state in ON_DEVICE:
+            device = self._books.drop_device(resident, "deleted", "deleted")
         host = self._books.drop_host(resident, "deleted")
-        del self._residents[digest]
+        self._books.forget(resident)
         return (device, host)
 
     def check_invariants(self) -> None:

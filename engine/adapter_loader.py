@@ -25,7 +25,7 @@ from loraplex.adapters.page_file import PageFile
 from loraplex.adapters.page_image import PageImage
 from loraplex.adapters.page_layout import PageLayout
 from loraplex.adapters.pool import PagePool
-from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
+from loraplex.adapters.residency import AdapterSize, LoadDone, Phase, Stage
 from loraplex.adapters.store import AdapterStore
 from loraplex.adapters.weights import load_weights, locate
 from loraplex.engine.api import ModuleShape
@@ -33,14 +33,31 @@ from loraplex.engine.api import ModuleShape
 logger = logging.getLogger(__name__)
 
 
+class _Stopwatch:
+    """What the time since its making went into, by phase."""
+
+    def __init__(self) -> None:
+        self.phases: dict[Phase, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, phase: Phase) -> None:
+        """The time since the last lap was this phase's."""
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
 @dataclass(slots=True)
 class _Job:
-    """run: called with `done`, which reports success; a return does so, too, if nobody has."""
+    """run: called with `done`, which reports success; a return does so, too, if nobody has.
+    last: the phase that ends when `done` is called.
+    """
 
     digest: str
     stage: Stage
     run: Callable[[Callable[[], None]], None]
-    started: float
+    watch: _Stopwatch
+    last: Phase
     reported: bool = False
 
 
@@ -116,31 +133,35 @@ class AdapterLoader:
     def begin_host_load(self, digest: str) -> None:
         if digest not in self._layouts:
             self.describe(digest)
-        frames = self._arena.take(self._layouts[digest].num_image_frames)
-        self._frames[digest] = frames
+        layout, watch = self._layouts[digest], _Stopwatch()
+        frames = self._frames[digest] = self._arena.take(layout.num_image_frames)
 
         def load(done: Callable[[], None]) -> None:
-            folder, layout = self._store.path(digest), self._layouts[digest]
-            image = self._files.read(folder, layout, frames)
+            folder = self._store.path(digest)
+            image = self._files.read(folder, layout, frames, watch.lap)
             if image is None:
-                image = self._pool.build_image(load_weights(folder, self._pool.dtype), frames)
+                weights = load_weights(folder, self._pool.dtype)
+                watch.lap(Phase.READ)
+                image = self._pool.build_image(weights, frames)
+                watch.lap(Phase.BUILD)
                 self._unsaved.append(digest)
             self._images[digest] = image
 
-        self._jobs.put(_Job(digest, Stage.HOST, load, time.perf_counter()))
+        self._jobs.put(_Job(digest, Stage.HOST, load, watch, Phase.READ))
 
     def begin_device_load(self, digest: str) -> None:
-        image, started = self._images[digest], time.perf_counter()
-        try:
-            self._pool.reserve(digest, image.layout)
-        except AdapterError as error:
-            self._done.put(_failed(digest, Stage.DEVICE, started, error))
-            return
+        image = self._images[digest]
 
         def copy(done: Callable[[], None]) -> None:
             self._pool.copy(digest, image, on_head_start=done)
 
-        self._jobs.put(_Job(digest, Stage.DEVICE, copy, started))
+        job = _Job(digest, Stage.DEVICE, copy, _Stopwatch(), Phase.COPY)
+        try:
+            self._pool.reserve(digest, image.layout)
+        except AdapterError as error:
+            self._failed(job, error)
+        else:
+            self._jobs.put(job)
 
     def drop_device(self, digest: str) -> int:
         return self._pool.remove(digest)
@@ -149,6 +170,9 @@ class AdapterLoader:
         # Jobs run in order, so a copy still on its way is over before these frames are filled anew.
         self._arena.give_back(self._frames.pop(digest))
         return self._images.pop(digest).nbytes
+
+    def forget(self, digest: str) -> None:
+        self._layouts.pop(digest, None)
 
     def poll(self) -> list[LoadDone]:
         ended: list[LoadDone] = []
@@ -170,6 +194,7 @@ class AdapterLoader:
         torch.set_num_threads(1)
         self._ready.set()
         while (job := self._next_job()) is not None:
+            job.watch.lap(Phase.QUEUE)
             try:
                 job.run(lambda job=job: self._succeeded(job))  # type: ignore[misc]
             except Exception as error:
@@ -189,26 +214,27 @@ class AdapterLoader:
 
     def _succeeded(self, job: _Job) -> None:
         if not job.reported:
-            job.reported = True
-            seconds = time.perf_counter() - job.started
-            self._done.put(LoadDone(job.digest, job.stage, True, seconds))
-            self.on_done()
+            self._report(job)
 
     def _failed(self, job: _Job, error: Exception) -> None:
-        if not isinstance(error, AdapterError) or job.reported:
+        known = isinstance(error, AdapterError)
+        if not known or job.reported:
             logger.error("loading adapter %s failed", job.digest[:12], exc_info=error)
         if not job.reported:  # else steps that wait for the rest fail, and say why
-            self._done.put(_failed(job.digest, job.stage, job.started, error))
-            self.on_done()
+            self._report(
+                job,
+                error=str(error) if known else f"{type(error).__name__}: {error}",
+                code=error.code if isinstance(error, AdapterError) else "adapter_load_failed",
+            )
 
-
-def _failed(digest: str, stage: Stage, started: float, error: Exception) -> LoadDone:
-    known = isinstance(error, AdapterError)
-    return LoadDone(
-        digest=digest,
-        stage=stage,
-        ok=False,
-        seconds=time.perf_counter() - started,
-        error=str(error) if known else f"{type(error).__name__}: {error}",
-        code=error.code if isinstance(error, AdapterError) else "adapter_load_failed",
-    )
+    def _report(self, job: _Job, error: str | None = None, code: str = "") -> None:
+        job.reported = True
+        job.watch.lap(job.last)
+        phases = job.watch.phases
+        seconds = sum(phases.values())
+        if error is None:
+            done = LoadDone(job.digest, job.stage, True, seconds, phases=phases)
+        else:
+            done = LoadDone(job.digest, job.stage, False, seconds, error, code, phases)
+        self._done.put(done)
+        self.on_done()

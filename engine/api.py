@@ -215,6 +215,9 @@ class RequestInfo(Struct, frozen=True, kw_only=True):
     age_s: float
 
 
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot, sent about once a second while there is work and on request. Counters only
     grow.
@@ -241,6 +244,9 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     adapters_on_host: int
     adapter_bytes_used: int
     adapter_bytes_total: int
+    adapter_joins: int = 0  # requests that found their load wanted or under way already
+    adapter_refusals: int = 0  # requests refused because their adapter failed lately
+    step_token_counts: tuple[int, ...] = ()  # steps by tokens: up to each bound, and beyond
 
 
 # --- messages: API process -> engine process ---
@@ -323,6 +329,11 @@ class AdapterEvent(Struct, frozen=True, tag="adapter_event", omit_defaults=True)
     seconds: float  # time spent in `before`
     time: float
     detail: str = ""
+    # Of one that left the device "room", "order" or "deleted"; of one that failed, the code.
+    reason: str = ""
+    # Of one that came to the device: seconds by phase of the load ("queue", "read", "verify",
+    # "build", "copy"), from the first want of it on.
+    phases: dict[str, float] = {}  # noqa: RUF012
 
 
 class Answer(Struct, frozen=True, tag="answer", omit_defaults=True):

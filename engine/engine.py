@@ -17,6 +17,7 @@ import logging
 import secrets
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ import msgspec
 
 from loraplex.adapters.books import Rank
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.residency import AdapterState
+from loraplex.adapters.residency import AdapterState, Transition
 from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
 from loraplex.engine.api import ErrorInfo, FinishReason, SequenceOutput
@@ -93,6 +94,7 @@ class Engine:
         self._ran = False  # the last step had something to run
         self._num_steps = 0
         self._num_step_tokens = 0
+        self._step_token_counts = [0] * (len(api.STEP_TOKEN_BOUNDS) + 1)
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._orders = Orders(self, slots, self._tell, clock)
@@ -228,6 +230,7 @@ class Engine:
     def _update(self, step: StepInFlight, samples: list[StepSample]) -> None:
         self._num_steps += 1
         self._num_step_tokens += step.schedule.num_tokens
+        self._step_token_counts[bisect_left(api.STEP_TOKEN_BOUNDS, step.schedule.num_tokens)] += 1
         for item, sample in zip(step.schedule.scheduled, samples, strict=True):
             seq = item.seq
             if seq in step.dropped:
@@ -363,6 +366,9 @@ class Engine:
             adapters_on_host=sum(r.has_host_image for r in residents),
             adapter_bytes_used=slots.device_bytes_used,
             adapter_bytes_total=slots.device_bytes_total,
+            adapter_joins=slots.num_joins,
+            adapter_refusals=slots.num_refusals,
+            step_token_counts=tuple(self._step_token_counts),
         )
 
     def reset_prefix_cache(self) -> bool:
@@ -402,17 +408,17 @@ class Engine:
     def _tell(self, news: News) -> None:
         self.on_news(news)
 
-    def _on_transition(
-        self, digest: str, before: AdapterState, after: AdapterState, seconds: float, detail: str
-    ) -> None:
+    def _on_transition(self, change: Transition) -> None:
         self.on_news(
             api.AdapterEvent(
-                digest=digest,
-                before=api.AdapterState(before.value),
-                after=api.AdapterState(after.value),
-                seconds=seconds,
+                digest=change.digest,
+                before=api.AdapterState(change.before.value),
+                after=api.AdapterState(change.after.value),
+                seconds=change.seconds,
                 time=time.time(),
-                detail=detail,
+                detail=change.detail,
+                reason=change.reason,
+                phases={phase.value: seconds for phase, seconds in change.phases.items()},
             )
         )
 

@@ -16,9 +16,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from loraplex.adapters import books
 from loraplex.adapters.books import WantFailed
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
-from loraplex.adapters.residency import AdapterSize, AdapterState, LoadDone, Stage
+from loraplex.adapters.residency import (
+    AdapterSize,
+    AdapterState,
+    LoadDone,
+    Phase,
+    Stage,
+    Transition,
+)
 from loraplex.adapters.slots import AdapterSlots
 
 SIZES = {"a": 10, "b": 10, "c": 10, "d": 20, "e": 30}
@@ -33,6 +41,8 @@ class FakeLoader:
         self.device: set[str] = set()
         self.under_way: dict[str, Stage] = {}
         self.begun: list[str] = []
+        self.forgotten: list[str] = []
+        self.phases: dict[Stage, dict[Phase, float]] = {Stage.HOST: {}, Stage.DEVICE: {}}
         self._done: list[LoadDone] = []
 
     def describe(self, digest: str) -> AdapterSize:
@@ -61,7 +71,8 @@ class FakeLoader:
             self.images.add(digest)
         if not ok and stage is Stage.DEVICE:
             self.device.remove(digest)
-        self._done.append(LoadDone(digest, stage, ok, 0.5, "" if ok else "broken"))
+        error = "" if ok else "broken"
+        self._done.append(LoadDone(digest, stage, ok, 0.5, error, phases=self.phases[stage]))
 
     def drop_device(self, digest: str) -> int:
         assert digest not in self.under_way
@@ -73,6 +84,12 @@ class FakeLoader:
         self.images.remove(digest)
         return SIZES[digest]
 
+    def forget(self, digest: str) -> None:
+        assert digest not in self.under_way
+        assert digest not in self.images
+        assert digest not in self.device
+        self.forgotten.append(digest)
+
     def poll(self) -> list[LoadDone]:
         done, self._done = self._done, []
         return done
@@ -82,15 +99,19 @@ class Bench:
     def __init__(self, device_bytes: int = 30, host_bytes: int = 60) -> None:
         self.now = 100.0
         self.loader = FakeLoader(device_bytes)
-        self.changes: list[tuple[str, str, str, float]] = []
+        self.transitions: list[Transition] = []
         self.slots = AdapterSlots(
             self.loader,
             device_bytes_total=device_bytes,
             host_bytes_total=host_bytes,
-            on_transition=lambda d, x, y, s, _: self.changes.append((d, x.value, y.value, s)),
+            on_transition=self.transitions.append,
             patience_s=1.0,
             clock=lambda: self.now,
         )
+
+    @property
+    def changes(self) -> list[tuple[str, str, str, float]]:
+        return [(t.digest, t.before.value, t.after.value, t.seconds) for t in self.transitions]
 
     def states(self) -> dict[str, str]:
         return {r.digest: r.state.value for r in self.slots.residents()}
@@ -131,6 +152,92 @@ def test_a_want_goes_through_the_states_and_is_ready() -> None:
         ("a", "device_loading", "device", 0.0),
     ]
     assert (bench.slots.num_loads, bench.slots.load_seconds) == (1, 1.0)
+
+
+def test_what_a_load_took_is_told_by_phase_from_the_first_want_on() -> None:
+    bench = Bench()
+    bench.loader.phases = {
+        Stage.HOST: {Phase.QUEUE: 0.25, Phase.READ: 2.0, Phase.VERIFY: 0.5},
+        Stage.DEVICE: {Phase.QUEUE: 0.25, Phase.COPY: 1.0},
+    }
+    bench.now += 1000  # on disk for long: nobody waited
+    bench.slots.want((0, 1), ["a"])
+    bench.now += 3
+    bench.slots.want((0, 2), ["a"])
+    bench.settle()
+    assert bench.transitions[-1].phases == {
+        Phase.QUEUE: 3.5,
+        Phase.READ: 2.0,
+        Phase.VERIFY: 0.5,
+        Phase.COPY: 1.0,
+    }
+    assert not any(change.phases for change in bench.transitions[:-1])
+    # From the host it is a copy only: what was read once is not told again.
+    for rank in (1, 2):
+        bench.slots.unwant((0, rank))
+    bench.slots.evict_device("a", drain=False)
+    bench.bring("a")
+    assert bench.transitions[-1].phases == {Phase.QUEUE: 0.25, Phase.COPY: 1.0}
+
+
+def test_why_one_left_the_device_is_told() -> None:
+    def reasons() -> list[str]:
+        return [t.reason for t in bench.transitions if t.reason]
+
+    bench = Bench(device_bytes=10, host_bytes=10)
+    bench.bring("a", "b")
+    assert reasons() == ["room"]
+    bench.slots.evict_device("b", drain=False)
+    assert reasons() == ["room", "order"]
+    bench.bring("a")
+    bench.slots.forget("a")
+    assert reasons() == ["room", "order", "deleted"]
+    bench.slots.want((0, 1), ["c"])
+    bench.slots.advance()
+    bench.loader.finish("c", ok=False)
+    bench.slots.advance()
+    assert reasons()[3:] == ["adapter_load_failed"]
+
+
+def test_joined_loads_and_refusals_are_counted() -> None:
+    bench = Bench()
+    bench.slots.want((0, 1), ["a"])
+    bench.slots.want((0, 2), ["a"])
+    bench.slots.advance()
+    bench.slots.want((0, 3), ["a"])
+    bench.settle()
+    bench.slots.want((0, 4), ["a"])
+    assert bench.slots.num_joins == 2
+    bench.slots.want((0, 5), ["b"])
+    bench.slots.advance()
+    bench.loader.finish("b", ok=False)
+    bench.slots.advance()
+    for _ in range(3):
+        with pytest.raises(AdapterError, match="broken"):
+            bench.slots.check(["b"])
+    assert bench.slots.num_refusals == 3
+
+
+def test_books_of_those_that_are_nowhere_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(books, "MAX_BOOKS", 16)
+    many = {f"m{i}": 10 for i in range(100)}
+    monkeypatch.setattr(f"{__name__}.SIZES", {**SIZES, **many})
+    bench = Bench(device_bytes=30, host_bytes=30)
+    bench.bring("a", "m0")  # these stay: on the device,
+    bench.slots.pin("b")  # pinned,
+    bench.slots.want((0, 1), ["c"])  # wanted,
+    bench.slots.check(["d"])
+    bench.slots.refuse("d", True)  # being deleted
+    for digest in many:
+        bench.slots.check([digest])
+        assert len(bench.slots.residents()) <= 16
+        bench.slots.check_invariants()
+    kept = {r.digest for r in bench.slots.residents()}
+    assert {"a", "m0", "b", "c", "d", "m98", "m99"} <= kept
+    assert bench.loader.forgotten[:3] == ["m1", "m2", "m3"], "the oldest first"
+    assert kept.isdisjoint(bench.loader.forgotten)
+    bench.bring("m1")  # begins anew
+    assert bench.slots.is_ready(["m1"])
 
 
 def test_many_wants_cause_one_load() -> None:

@@ -279,6 +279,9 @@ class FakeLoader:
     def drop_host(self, digest: str) -> int:
         return SIZES[digest]
 
+    def forget(self, digest: str) -> None:
+        assert digest not in self.installed
+
     def poll(self) -> list[LoadDone]:
         done, self._done = self._done, []
         for load in done:

@@ -13,7 +13,7 @@ import torch
 
 from loraplex.adapters.errors import AdapterError, AdapterNotFound
 from loraplex.adapters.pool import PagePool
-from loraplex.adapters.residency import LoadDone, Stage
+from loraplex.adapters.residency import LoadDone, Phase, Stage
 from loraplex.engine import adapter_loader
 from loraplex.engine.adapter_loader import AdapterLoader
 from loraplex.engine.model_config import read_model_config
@@ -82,6 +82,35 @@ def test_through_both_stages_and_back(watched: Watched, digests: dict[str, str])
     assert pool.bytes_used == 0
 
 
+def test_the_phases_of_a_load_add_up(
+    watched: Watched, digests: dict[str, str], tmp_path: Path
+) -> None:
+    digest, loader = digests["all"], watched.loader
+
+    def host_load() -> LoadDone:
+        loader.begin_host_load(digest)
+        done = watched.wait()
+        assert sum(done.phases.values()) == pytest.approx(done.seconds)
+        assert min(done.phases.values()) >= 0
+        return done
+
+    assert set(host_load().phases) == {Phase.QUEUE, Phase.READ, Phase.BUILD}
+    loader.begin_device_load(digest)
+    done = watched.wait()
+    assert set(done.phases) == {Phase.QUEUE, Phase.COPY}
+    loader.drop_device(digest)
+    page_file(tmp_path, digest)
+    loader.drop_host(digest)
+    assert set(host_load().phases) == {Phase.QUEUE, Phase.READ, Phase.VERIFY}
+
+
+def test_what_is_forgotten_can_be_loaded_again(watched: Watched, digests: dict[str, str]) -> None:
+    watched.loader.describe(digests["all"])
+    watched.loader.forget(digests["all"])
+    watched.loader.forget("0" * 64)
+    watched.load(digests["all"])
+
+
 def test_a_missing_adapter_is_said_at_once(watched: Watched) -> None:
     with pytest.raises(AdapterNotFound):
         watched.loader.describe("0" * 64)
@@ -105,8 +134,11 @@ def test_no_room_is_reported_like_any_end(watched: Watched, digests: dict[str, s
     watched.load(digests["all"])
     watched.loader.begin_host_load(digests["rank24"])
     watched.wait()
+    woken = threading.Event()
+    watched.loader.on_done = woken.set
     watched.loader.begin_device_load(digests["rank24"])
-    done = watched.wait()
+    assert woken.is_set(), "nobody else says that there is an end to take in"
+    (done,) = watched.loader.poll()
     assert (done.stage, done.ok, done.code) == (Stage.DEVICE, False, "adapter_memory")
     watched.pool.check_invariants()
 
