@@ -213,6 +213,7 @@ class FakeEngine:
                 "waiting_by_reason": {},
                 "running_digests": [],
                 "waiting_digests": [],
+                "step_token_counts": [],
                 "num_running": len(self._live),
                 "steps": self.steps,
             },
