@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Iterable
 
 from loraplex.adapters.store import AdapterStore
-from loraplex.engine.api import AdapterResidencyInfo, AdapterState
+from loraplex.engine.api import AdapterResidencyInfo, AdapterState, MemoryInfo
 from loraplex.platform import adapter_view
 from loraplex.platform.adapter_series import AdapterLabel
 from loraplex.platform.adapter_service import AdapterService
@@ -16,6 +16,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.models import AdapterVersion
 from loraplex.platform.repositories import AdapterRepository, AuditRepository
+from loraplex.platform.residency_log import ResidencyLog
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.schemas import (
     AdapterRoom,
@@ -25,12 +26,15 @@ from loraplex.platform.schemas import (
     EvictOrder,
     Freed,
     Memory,
+    MemoryPurpose,
     RequestList,
     RequestObject,
     Slot,
     SlotList,
     SlotTotals,
     TieredAdapterList,
+    TransitionList,
+    TransitionObject,
 )
 
 _ON_DEVICE = frozenset({AdapterState.DEVICE, AdapterState.DEVICE_LOADING, AdapterState.DRAINING})
@@ -52,6 +56,8 @@ class AdminService:
         self._store = store
         self._engine = engine
         self._adapters = adapters
+        self.residency_log = ResidencyLog()
+        engine.on_event(self.residency_log.hear)
 
     async def slots(self) -> SlotList:
         """Adapters on the device."""
@@ -141,9 +147,37 @@ class AdminService:
             device_bytes_total=info.device_bytes_total,
             device_bytes_free=info.device_bytes_free,
             adapters_that_fit=[
-                AdapterRoom(rank=rank, adapters=free // page // -(-rank // _PAGE_RANKS))
+                AdapterRoom(
+                    rank=rank,
+                    adapters=free // (page * -(-rank // _PAGE_RANKS)),
+                    in_all=info.adapter_bytes_total // (page * -(-rank // _PAGE_RANKS)),
+                )
                 for rank in _RANKS
             ],
+            explanation=_explained(info),
+        )
+
+    async def transitions(self, text: str | None, limit: int) -> TransitionList:
+        """The latest changes of residency, newest first."""
+        digest = None if text is None else (await self._resolver.find(text)).digest
+        events = self.residency_log.recent(limit, digest)
+        names = await self.names(event.digest for event in events)
+        return TransitionList(
+            data=[
+                TransitionObject(
+                    id=names[event.digest][0] if event.digest in names else None,
+                    version=int(names[event.digest][1]) if event.digest in names else None,
+                    digest=f"sha256:{event.digest}",
+                    at=event.time,
+                    before=str(event.before),
+                    after=str(event.after),
+                    seconds=event.seconds,
+                    reason=event.reason,
+                    detail=event.detail,
+                    phases=event.phases,
+                )
+                for event in events
+            ]
         )
 
     async def requests(self) -> RequestList:
@@ -209,3 +243,52 @@ class AdminService:
     async def _record(self, actor: str, action: str, subject: str) -> None:
         async with self._db.unit_of_work() as session:
             AuditRepository(session).add(actor, action, subject)
+
+
+def _explained(info: MemoryInfo) -> list[MemoryPurpose]:
+    """Where the bytes are, in words; the same purposes as in the start-up table and in
+    `loraplex plan`.
+    """
+    page = max(1, info.adapter_page_bytes)
+    tokens = info.kv_blocks_total * info.block_size
+    host = info.host_adapter_bytes_total
+    return [
+        MemoryPurpose(
+            purpose="weights",
+            bytes=info.weights_bytes,
+            used=info.weights_bytes,
+            text="the base model, shared by all adapters",
+        ),
+        MemoryPurpose(
+            purpose="kv cache",
+            bytes=info.kv_cache_bytes,
+            used=info.kv_blocks_used * info.kv_block_bytes,
+            text=f"{tokens:,} tokens in {info.kv_blocks_total:,} blocks of {info.block_size}; "
+            f"{info.kv_blocks_cached:,} free blocks hold reusable prefixes",
+        ),
+        MemoryPurpose(
+            purpose="adapters on the device",
+            bytes=info.adapter_bytes_total,
+            used=info.adapter_bytes_used,
+            text=f"{info.adapter_bytes_total // page:,} pages of rank {_PAGE_RANKS}",
+        ),
+        MemoryPurpose(
+            purpose="adapters on the host",
+            bytes=host,
+            used=info.host_adapter_bytes_used,
+            text=f"{host // page:,} pages of rank {_PAGE_RANKS}: what left the device comes back "
+            "from here without reading files",
+        ),
+        MemoryPurpose(
+            purpose="workspace",
+            bytes=info.workspace_bytes,
+            used=info.workspace_bytes,
+            text="the largest step, and the runtime",
+        ),
+        MemoryPurpose(
+            purpose="left to others",
+            bytes=info.device_bytes_free,
+            used=0,
+            text=f"free now, of {info.device_bytes_total:,} bytes of the device",
+        ),
+    ]

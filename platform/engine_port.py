@@ -4,10 +4,12 @@ tests.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from loraplex.engine.api import (
+    AdapterEvent,
+    AdapterProbe,
     AdapterResidencyInfo,
     EngineStats,
     FreedBytes,
@@ -15,6 +17,7 @@ from loraplex.engine.api import (
     MemoryInfo,
     ModelInfo,
     RequestInfo,
+    Stats,
 )
 from loraplex.engine.stream import TextChunk
 from loraplex.engine.tokenizer import Tokenizer
@@ -53,6 +56,10 @@ class EnginePort(Protocol):
 
     async def stop(self) -> None: ...
 
+    def on_event(self, callback: Callable[[AdapterEvent | Stats], None]) -> None:
+        """`callback` gets every change of residency and snapshot from now on; it must be quick."""
+        ...
+
     def generate(
         self,
         request: GenerationRequest,
@@ -85,6 +92,10 @@ class EnginePort(Protocol):
     async def forget(
         self, digest: str, *, force: bool = False, timeout_s: float | None = None
     ) -> FreedBytes: ...
+
+    async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
+        """Compare what the adapter does in the engine with its files; loads it first."""
+        ...
 
     async def memory(self) -> MemoryInfo: ...
 

@@ -17,9 +17,17 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from loraplex.engine.api import AdapterResidencyInfo, AdapterState, EngineStats, MemoryInfo
+from loraplex.engine.api import (
+    STEP_TOKEN_BOUNDS,
+    AdapterResidencyInfo,
+    AdapterState,
+    EngineStats,
+    MemoryInfo,
+)
 from loraplex.platform.adapter_series import OTHER, AdapterLabel
+from loraplex.platform.histogram import Histogram
 from loraplex.platform.request_metrics import HISTOGRAMS, RequestMetrics
+from loraplex.platform.residency_log import ResidencyLog
 from loraplex.platform.sources.pulls import PullCounters
 
 
@@ -49,18 +57,21 @@ class _Exposition(Collector):
         requests: RequestMetrics,
         engine: EngineSnapshot,
         pulls: PullCounters,
+        residency: ResidencyLog,
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._ready = ready
         self._requests = requests
         self._engine = engine
         self._pulls = pulls
+        self._residency = residency
 
     def collect(self) -> Iterable[Metric]:
         yield self._gauge("loraplex:ready", "1 when the engine answers.", int(self._ready))
         yield from self._request_families()
         yield from self._adapter_families()
         yield from self._pull_families()
+        yield from self._residency.families(self._labels)
         if self._engine.stats is not None:
             yield from self._stats_families(self._engine.stats)
         yield from self._residency_families()
@@ -189,12 +200,25 @@ class _Exposition(Collector):
             ("loraplex:engine_steps", "Forward passes.", stats.steps),
             ("loraplex:engine_step_tokens", "Tokens of all passes.", stats.step_tokens),
             ("loraplex:adapter_loads_all", "Adapter loads.", stats.adapter_loads),
-            ("loraplex:adapter_evictions", "Adapter evictions.", stats.adapter_evictions),
-            ("vllm:lora_adapter_load_seconds", "Seconds of loading.", stats.adapter_load_seconds),
+            (
+                "loraplex:adapter_load_joins",
+                "Requests that found their adapter's load wanted or under way: one load for all.",
+                stats.adapter_joins,
+            ),
+            (
+                "loraplex:adapter_refusals",
+                "Requests refused at once because their adapter's load failed lately.",
+                stats.adapter_refusals,
+            ),
         ):
             yield self._counter(name, help_text, value)
+        yield self._step_tokens(stats)
+        yield self._sleep_state()
         yield self._gauge(
             "vllm:num_gpu_loaded_lora_adapters", "Adapters on the device.", stats.adapters_on_device
+        )
+        yield self._gauge(
+            "vllm:max_gpu_lora_adapters", "Adapters of rank 16 that fit there.", self._room()
         )
         yield self._gauge(
             "vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory.", stats.adapters_on_host
@@ -209,23 +233,45 @@ class _Exposition(Collector):
         )
         yield self._lora_info(stats)
 
+    def _step_tokens(self, stats: EngineStats) -> Metric:
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens per forward pass.", labels=list(self._labels)
+        )
+        counts = stats.step_token_counts
+        histogram = Histogram.of(STEP_TOKEN_BOUNDS, counts, stats.step_tokens)
+        histogram.add_to(family, list(self._labels.values()))
+        return family
+
+    def _sleep_state(self) -> Metric:
+        """Routers skip engines that sleep; this one never does."""
+        family = GaugeMetricFamily(
+            "vllm:engine_sleep_state",
+            "1 for the state the engine is in.",
+            labels=[*self._labels, "sleep_state"],
+        )
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            family.add_metric([*self._labels.values(), state], int(state == "awake"))
+        return family
+
     def _lora_info(self, stats: EngineStats) -> Metric:
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters of running and waiting requests; the value is the time.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        memory = self._engine.memory
-        room = memory.adapter_bytes_total // memory.adapter_page_bytes if memory else 0
         names = self._engine.names
 
         def joined(digests: Sequence[str]) -> str:
             return ",".join(sorted({names[digest][0] for digest in digests if digest in names}))
 
-        family.add_metric(
-            [str(room), joined(stats.running_digests), joined(stats.waiting_digests)], stats.time
-        )
+        values = [str(self._room()), joined(stats.running_digests), joined(stats.waiting_digests)]
+        family.add_metric(values, stats.time)
         return family
+
+    def _room(self) -> int:
+        """Adapters of rank 16 that fit on the device."""
+        memory = self._engine.memory
+        return memory.adapter_bytes_total // memory.adapter_page_bytes if memory else 0
 
     def _residency_families(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
@@ -267,8 +313,9 @@ def exposition(
     requests: RequestMetrics,
     engine: EngineSnapshot,
     pulls: PullCounters,
+    residency: ResidencyLog,
 ) -> CollectorRegistry:
     """A registry that holds this scrape's figures."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(model_name, ready, requests, engine, pulls))
+    registry.register(_Exposition(model_name, ready, requests, engine, pulls, residency))
     return registry

@@ -21,6 +21,14 @@ class Histogram:
         self._counts = [0] * (len(self._bounds) + 1)
         self._sum = 0.0
 
+    @classmethod
+    def of(cls, bounds: Sequence[float], counts: Sequence[int], total: float) -> Histogram:
+        """One that somebody else counted: up to each bound, and beyond. total: of all values."""
+        made = cls(bounds)
+        made._counts[: len(counts)] = counts
+        made._sum = total
+        return made
+
     def observe(self, value: float, count: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count

@@ -291,12 +291,20 @@ class Evicted(BaseModel):
 
 
 class AdapterRoom(BaseModel):
-    """How many more adapters fit on the device now, without evicting one, by rank (all modules
-    adapted).
+    """How many more adapters of a rank (all modules adapted) fit on the device now, without
+    evicting one, and how many would with all its adapter memory free.
     """
 
     rank: int
     adapters: int
+    in_all: int
+
+
+class MemoryPurpose(BaseModel):
+    purpose: str
+    bytes: int
+    used: int
+    text: str
 
 
 class Memory(BaseModel):
@@ -319,6 +327,7 @@ class Memory(BaseModel):
     device_bytes_total: int
     device_bytes_free: int
     adapters_that_fit: list[AdapterRoom]
+    explanation: list[MemoryPurpose]
 
 
 class RequestObject(BaseModel):
@@ -335,6 +344,29 @@ class RequestObject(BaseModel):
 class RequestList(BaseModel):
     object: Literal["list"] = "list"
     data: list[RequestObject]
+
+
+class TransitionObject(BaseModel):
+    """One change of an adapter's residency. `seconds` were spent in `before`; `phases`, of one that
+    came to the device, are the seconds of its load. `id` and `version` are null if its name was
+    deleted meanwhile.
+    """
+
+    id: str | None
+    version: int | None
+    digest: str
+    at: float
+    before: str
+    after: str
+    seconds: float
+    reason: str
+    detail: str
+    phases: dict[str, float]
+
+
+class TransitionList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[TransitionObject]
 
 
 class Event(BaseModel):

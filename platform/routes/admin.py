@@ -17,6 +17,7 @@ from loraplex.platform.schemas import (
     Slot,
     SlotList,
     TieredAdapterList,
+    TransitionList,
 )
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -73,6 +74,16 @@ async def unpin(adapter_id: str, state: State, who: Actor) -> Slot:
     """Let an adapter be evicted again."""
     state.served_model()
     return await state.admin.pin(adapter_id, pinned=False, actor=who)
+
+
+@router.get("/transitions")
+async def transitions(
+    state: State,
+    adapter: Annotated[str | None, Query(description="Only this one: id, id@3, id:prod.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> TransitionList:
+    """What was loaded, evicted or failed lately, why, and how long it took; newest first."""
+    return await state.admin.transitions(adapter, limit)
 
 
 @router.get("/memory")

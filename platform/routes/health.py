@@ -62,6 +62,11 @@ async def metrics(state: State) -> Response:
         except (EngineError, TimeoutError):
             pass  # a scrape of a busy or restarting engine still shows what the API process knows
     registry = exposition(
-        state.base_name, state.ready, state.metrics, snapshot, state.pulls.counters()
+        state.base_name,
+        state.ready,
+        state.metrics,
+        snapshot,
+        state.pulls.counters(),
+        state.admin.residency_log,
     )
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from loraplex.engine.api import (
+    AdapterEvent,
     AdapterResidencyInfo,
     AdapterState,
     EngineStats,
@@ -20,6 +21,7 @@ from loraplex.engine.api import (
     ModuleShape,
     RequestInfo,
     SequenceOutput,
+    Stats,
     TokenLogprobs,
 )
 from loraplex.engine.errors import AdapterInUse, EngineDead, EngineError
@@ -141,6 +143,7 @@ class FakeEngine:
         self.residents: dict[str, AdapterState] = {}
         self.pinned: set[str] = set()
         self.forgotten: list[str] = []
+        self.listeners: list[Callable[[AdapterEvent | Stats], None]] = []
 
     @property
     def ready(self) -> bool:
@@ -162,6 +165,13 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    def on_event(self, callback: Callable[[AdapterEvent | Stats], None]) -> None:
+        self.listeners.append(callback)
+
+    def tell(self, event: AdapterEvent | Stats) -> None:
+        for callback in self.listeners:
+            callback(event)
 
     def _alive(self) -> None:
         if not self.ready:
@@ -321,6 +331,9 @@ class FakeEngine:
             adapters_on_host=0,
             adapter_bytes_used=DEVICE_BYTES,
             adapter_bytes_total=10 * DEVICE_BYTES,
+            adapter_joins=6,
+            adapter_refusals=7,
+            step_token_counts=(2, 5, 0, 3),
         )
 
     async def requests(self) -> list[RequestInfo]:

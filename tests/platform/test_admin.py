@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from loraplex.engine.api import AdapterEvent, AdapterState
+
 
 async def test_slots_show_what_is_on_the_device(server: Any, fake_engine_module: Any) -> None:
     page = fake_engine_module.DEVICE_BYTES
@@ -99,3 +101,39 @@ async def test_memory_says_how_many_more_adapters_fit(server: Any) -> None:
     assert memory["kv_blocks_used"] == 0
     room = {entry["rank"]: entry["adapters"] for entry in memory["adapters_that_fit"]}
     assert room == {8: 10, 16: 10, 32: 5, 64: 2, 128: 1}
+    await server.upload("sql")
+    await server.http.post("/v1/admin/adapters/sql/load")
+    memory = (await server.http.get("/v1/admin/memory")).json()
+    of_rank_32 = next(entry for entry in memory["adapters_that_fit"] if entry["rank"] == 32)
+    assert of_rank_32 == {"rank": 32, "adapters": 4, "in_all": 5}
+    parts = {part["purpose"]: part for part in memory["explanation"]}
+    assert list(parts) == [
+        *("weights", "kv cache", "adapters on the device", "adapters on the host"),
+        *("workspace", "left to others"),
+    ]
+    assert parts["adapters on the device"]["used"] == memory["adapter_bytes_used"] > 0
+    assert parts["kv cache"]["text"].startswith("256 tokens in 16 blocks of 16")
+
+
+async def test_what_came_and_went_is_told_newest_first(server: Any) -> None:
+    made = await server.upload("sql")
+    digest = made["digest"].removeprefix("sha256:")
+    for number, (before, after) in enumerate(
+        (("absent", "host_loading"), ("host_loading", "host"), ("device_loading", "device"))
+    ):
+        phases = {"read": 2.0, "copy": 0.5} if after == "device" else {}
+        states = AdapterState(before), AdapterState(after)
+        server.engine.tell(AdapterEvent(digest, *states, 0.5, 100.0 + number, phases=phases))
+    gone = AdapterState.DEVICE, AdapterState.HOST
+    server.engine.tell(AdapterEvent("0" * 64, *gone, 9.0, 200.0, "deleted", "deleted"))
+    listed = (await server.http.get("/v1/admin/transitions?limit=2")).json()["data"]
+    assert [(t["id"], t["after"], t["reason"]) for t in listed] == [
+        (None, "host", "deleted"),
+        ("sql", "device", ""),
+    ]
+    assert listed[1]["phases"] == {"read": 2.0, "copy": 0.5}
+    assert (listed[1]["version"], listed[1]["digest"]) == (1, made["digest"])
+    mine = (await server.http.get("/v1/admin/transitions?adapter=sql@1")).json()["data"]
+    assert [t["after"] for t in mine] == ["device", "host", "host_loading"]
+    missing = await server.http.get("/v1/admin/transitions?adapter=nobody")
+    assert missing.status_code == 404

@@ -6,11 +6,13 @@ import asyncio
 import io
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraplex.engine.api import AdapterEvent, AdapterState, Stats
 from loraplex.platform import telemetry
 from loraplex.platform.adapter_series import AdapterSeries
 from loraplex.platform.histogram import Histogram
@@ -90,9 +92,60 @@ async def test_the_engines_figures_have_vllms_names(server: Any) -> None:
     assert value(samples, "vllm:prefix_cache_hits_total") == 40
     assert value(samples, "vllm:num_gpu_loaded_lora_adapters") == 1
     assert value(samples, "vllm:lora_adapter_loaded", adapter_name="sql", level="gpu") == 1
+    assert value(samples, "vllm:max_gpu_lora_adapters") == 10
     assert value(samples, "vllm:lora_requests_info", max_lora="10") > 1e9
+    assert value(samples, "vllm:engine_sleep_state", sleep_state="awake") == 1
+    assert value(samples, "vllm:engine_sleep_state", sleep_state="discard_all") == 0
+    assert value(samples, "vllm:iteration_tokens_total_sum") == 150
+    for bound, steps in (("1.0", 2), ("8.0", 7), ("32.0", 10), ("+Inf", 10)):
+        assert value(samples, "vllm:iteration_tokens_total_bucket", le=bound) == steps
+    assert value(samples, "loraplex:adapter_load_joins_total") == 6
+    assert value(samples, "loraplex:adapter_refusals_total") == 7
     assert value(samples, "vllm:cache_config_info", block_size="16") == 1
     assert value(samples, "loraplex:ready") == 1
+
+
+def change(digest: str, before: str, after: str, seconds: float, **more: Any) -> AdapterEvent:
+    return AdapterEvent(
+        digest, AdapterState(before), AdapterState(after), seconds, time.time(), **more
+    )
+
+
+async def test_changes_of_residency_are_counted_and_logged(
+    server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "loraplex.residency")
+    phases = {"queue": 0.5, "read": 2.0, "copy": 0.25}
+    for event in (
+        change("a" * 64, "absent", "host_loading", 600.0),
+        change("a" * 64, "device_loading", "device", 0.25, phases=phases),
+        change("a" * 64, "device", "draining", 9.0, detail="makes room for b"),
+        change("a" * 64, "draining", "host", 0.05, reason="room"),
+        change("a" * 64, "host", "absent", 1.0),
+        change("b" * 64, "host_loading", "failed", 1.0, detail="broken", reason="adapter_corrupt"),
+    ):
+        server.engine.tell(event)
+    server.engine.tell(Stats(await server.engine.stats()))
+    samples = await scrape(server)
+    drained = {"before": "draining", "after": "host"}
+    assert value(samples, "loraplex:adapter_state_seconds_count", **drained) == 1
+    assert value(samples, "loraplex:adapter_state_seconds_sum", **drained) == 0.05
+    assert value(samples, "vllm:lora_adapter_load_seconds_count") == 1
+    assert value(samples, "vllm:lora_adapter_load_seconds_sum") == 2.75
+    for phase, seconds in phases.items():
+        name = "loraplex:adapter_load_phase_seconds_sum"
+        assert value(samples, name, phase=phase) == seconds
+    assert value(samples, "loraplex:adapter_evictions_total", reason="room") == 1
+    assert value(samples, "loraplex:adapter_load_failures_total", code="adapter_corrupt") == 1
+    logged = [(r.levelname, r.after) for r in caplog.records if r.msg == "adapter_state"]  # type: ignore[attr-defined]
+    assert logged == [
+        ("DEBUG", "host_loading"),
+        ("INFO", "device"),
+        ("INFO", "draining"),
+        ("INFO", "host"),
+        ("DEBUG", "absent"),
+        ("WARNING", "failed"),
+    ]
 
 
 async def test_a_scrape_without_an_engine_still_works(server: Any) -> None:
