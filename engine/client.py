@@ -243,9 +243,11 @@ class EngineClient:
             FreedBytes, "forget", digest=digest, force=force, timeout_s=timeout_s
         )
 
-    async def probe(self, digest: str) -> AdapterProbe:
-        """Compare what the adapter does in the engine with its files; loads it first."""
-        return await self._call(AdapterProbe, "probe", digest=digest)
+    async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
+        """Compare what the adapter does in the engine with its files; loads it first, for which
+        there is so much time.
+        """
+        return await self._call(AdapterProbe, "probe", digest=digest, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self) -> bool:
         return await self._call(bool, "reset_prefix_cache")

@@ -8,7 +8,7 @@ engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from loraplex.platform.repositories import (
     AliasRepository,
     AuditRepository,
     ContentRepository,
+    ProofRepository,
 )
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.schemas import (
@@ -60,12 +61,14 @@ class AdapterService:
         engine: EnginePort,
         resolver: Resolver,
         max_upload_bytes: int,
+        on_registered: Callable[[], None],
     ) -> None:
         self._db = db
         self._resolver = resolver
         self._store = store
         self._engine = engine
         self._max_upload_bytes = max_upload_bytes
+        self._on_registered = on_registered
         self._limits = Limits(max_weights_bytes=max_upload_bytes)
         # Between "is any row using this content?" and "remove its files" no upload may commit the
         # same content.
@@ -169,6 +172,7 @@ class AdapterService:
             await asyncio.to_thread(self._store.commit, staging, manifest)
             adapter, created = await self._insert(order, manifest, model, actor, source)
         self._resolver.forget()
+        self._on_registered()
         return adapter, created
 
     @asynccontextmanager
@@ -260,6 +264,8 @@ class AdapterService:
                     after["source"] = source
                 AuditRepository(session).add(actor, "adapter.register", order.name, after=after)
             assert newest is not None
+            await ProofRepository(session).mend(manifest.digest)
+            await session.refresh(newest, ["proof"])
             if order.alias is not None:
                 AliasRepository(session).move(
                     adapter, order.alias, {newest.version: ONLY_WEIGHT}, actor

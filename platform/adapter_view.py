@@ -8,6 +8,7 @@ from typing import Any
 from loraplex.adapters.manifest import AdapterManifest
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState
 from loraplex.platform.models import Adapter, AdapterVersion, Alias, AliasRevision
+from loraplex.platform.proof_view import proof_object, refusal
 from loraplex.platform.schemas import (
     AdapterDetail,
     AdapterObject,
@@ -53,12 +54,14 @@ def residency(digest: str, resident: ResidencyMap) -> Residency:
 
 
 def version_fields(row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any]:
+    refused = refusal(row)
     return {
         **row.manifest,
         "version": row.version,
         "digest": f"sha256:{row.digest}",
-        "status": row.status,
-        "error": row.error,
+        "status": _status(row),
+        "error": None if refused is None else refused.reason,
+        "proof": None if row.proof is None else proof_object(row.proof),
         "residency": residency(row.digest, resident),
         "created_at": int(row.created_at.timestamp()),
         "last_used_at": None if row.last_used_at is None else int(row.last_used_at.timestamp()),
@@ -66,6 +69,10 @@ def version_fields(row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any
         "num_prompt_tokens": row.num_prompt_tokens,
         "num_generated_tokens": row.num_generated_tokens,
     }
+
+
+def _status(row: AdapterVersion) -> str:
+    return "failed" if row.status == "ready" and refusal(row) is not None else row.status
 
 
 def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def tiered_adapter(
         id=row.adapter.name,
         version=row.version,
         digest=f"sha256:{row.digest}",
-        status=row.status,  # type: ignore[arg-type]  # checked by pydantic
+        status=_status(row),  # type: ignore[arg-type]  # checked by pydantic
         tier=residency(row.digest, resident),
         bytes=TierBytes(
             disk=disk_bytes,

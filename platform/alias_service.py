@@ -15,6 +15,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.errors import ApiError
 from loraplex.platform.models import Adapter, Alias, AliasRevision
 from loraplex.platform.names import adapter_not_found, check_alias
+from loraplex.platform.proof_view import refusal
 from loraplex.platform.repositories import AdapterRepository, AliasRepository
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.schemas import (
@@ -126,19 +127,17 @@ def _impossible(why: str, param: str | None = None) -> ApiError:
 
 
 def _check(adapter: Adapter, split: Mapping[int, int], param: str) -> None:
-    """Raises: ApiError(adapter_not_found | adapter_not_ready) for the first version of a split that
-    cannot be used.
+    """Raises: ApiError(adapter_not_found | adapter_not_ready | adapter_proof_failed) for the first
+    version of a split that cannot be used.
     """
     versions = {row.version: row for row in adapter.versions}
     for version in split:
         row, reference = versions.get(version), f"{adapter.name}@{version}"
         if row is None or row.status == "draining":
             raise adapter_not_found(reference, param=param)
-        if row.status != "ready":
-            why = row.error or f"its status is {row.status}"
-            raise ApiError(
-                "adapter_not_ready", f"adapter {reference!r} cannot be used: {why}", param=param
-            )
+        refused = refusal(row)
+        if refused is not None:
+            raise refused.error(reference, param)
 
 
 def _find(adapter: Adapter, alias: str, *, deleted_too: bool = False) -> Alias:

@@ -33,6 +33,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
+from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
@@ -77,7 +78,10 @@ def create_app(
         db = await Database.open(settings.effective_database_url)
         await reconcile_files(db, store)
         resolver = Resolver(db)
-        service = AdapterService(db, store, serving, resolver, settings.max_upload_bytes)
+        proofs = ProofService(db, store, serving, resolver)
+        service = AdapterService(
+            db, store, serving, resolver, settings.max_upload_bytes, proofs.wake
+        )
         hosts = HostList(settings.source_hosts)
         client = HttpClient(hosts, allow_private=settings.source_private_addresses)
         sources = Sources(
@@ -101,6 +105,7 @@ def create_app(
             store=store,
             resolver=resolver,
             adapters=service,
+            proofs=proofs,
             pulls=pull_service,
             pulled=PulledAdapters(service, pull_service),
             aliases=AliasService(db, resolver),
@@ -114,6 +119,7 @@ def create_app(
         tasks = [
             asyncio.create_task(_start_engine(runtime, on_engine_failed)),
             asyncio.create_task(runtime.usage.run()),
+            asyncio.create_task(proofs.run()),
         ]
         try:
             yield
@@ -154,6 +160,7 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
         await reconcile_model(runtime.db, runtime.store, model)
         await runtime.pulls.begin(model)  # before anybody can order one
         runtime.model = model
+        runtime.proofs.wake()
     except Exception as error:
         log.error("engine_start_failed", extra={"reason": str(error)})
         runtime.start_failure = str(error)

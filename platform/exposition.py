@@ -6,7 +6,7 @@ Every scrape has a registry of its own, so nothing is global and nothing is regi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -58,6 +58,7 @@ class _Exposition(Collector):
         engine: EngineSnapshot,
         pulls: PullCounters,
         residency: ResidencyLog,
+        proofs: Mapping[str, int],
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._ready = ready
@@ -65,6 +66,7 @@ class _Exposition(Collector):
         self._engine = engine
         self._pulls = pulls
         self._residency = residency
+        self._proofs = proofs
 
     def collect(self) -> Iterable[Metric]:
         yield self._gauge("loraplex:ready", "1 when the engine answers.", int(self._ready))
@@ -72,6 +74,7 @@ class _Exposition(Collector):
         yield from self._adapter_families()
         yield from self._pull_families()
         yield from self._residency.families(self._labels)
+        yield self._proof_family()
         if self._engine.stats is not None:
             yield from self._stats_families(self._engine.stats)
         yield from self._residency_families()
@@ -168,6 +171,16 @@ class _Exposition(Collector):
         )
         received.add_metric([model], self._pulls.bytes_pulled)
         return running, ended, received
+
+    def _proof_family(self) -> Metric:
+        family = GaugeMetricFamily(
+            "loraplex:adapter_proofs",
+            "Adapter versions by what their probe or their verification found.",
+            labels=["model_name", "outcome"],
+        )
+        for outcome, count in self._proofs.items():
+            family.add_metric([self._labels["model_name"], outcome], count)
+        return family
 
     def _stats_families(self, stats: EngineStats) -> Iterable[Metric]:
         yield self._gauge(
@@ -314,8 +327,9 @@ def exposition(
     engine: EngineSnapshot,
     pulls: PullCounters,
     residency: ResidencyLog,
+    proofs: Mapping[str, int],
 ) -> CollectorRegistry:
     """A registry that holds this scrape's figures."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(model_name, ready, requests, engine, pulls, residency))
+    registry.register(_Exposition(model_name, ready, requests, engine, pulls, residency, proofs))
     return registry

@@ -15,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -60,6 +61,7 @@ class Base(DeclarativeBase):
     )
     type_annotation_map = {  # noqa: RUF012
         datetime: UtcDateTime,
+        float: Double(),
         dict[str, Any]: JSON(none_as_null=True),
         list[dict[str, int]]: JSON(),
     }
@@ -122,6 +124,45 @@ class AdapterVersion(Base):
     num_generated_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
 
     adapter: Mapped[Adapter] = relationship(back_populates="versions", lazy="raise")
+    proof: Mapped[Proof | None] = relationship(
+        primaryjoin="foreign(AdapterVersion.digest) == Proof.digest", viewonly=True, lazy="joined"
+    )
+
+
+class Proof(Base):
+    """What is known about one content beyond its validation, under whatever names it has.
+
+    `damage`: how its stored files differ from what was uploaded. The others are of the last probe
+    (`engine/probe.py`), and of the engine it ran in; a number that was none is null. A probe that
+    disagrees is accepted up to `accepted_error`, by an operator.
+    """
+
+    __tablename__ = "proof"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    damage: Mapped[str | None] = mapped_column(Text)
+    probed_at: Mapped[datetime | None]
+    agrees: Mapped[bool | None]
+    error: Mapped[float | None]
+    tolerance: Mapped[float | None]
+    base_error: Mapped[float | None]
+    effect: Mapped[float | None]
+    accepted_error: Mapped[float | None]
+    model: Mapped[str | None] = mapped_column(String(512))
+    device: Mapped[str | None] = mapped_column(String(64))
+    dtype: Mapped[str | None] = mapped_column(String(64))
+    backend: Mapped[str | None] = mapped_column(String(64))
+    release: Mapped[str | None] = mapped_column(String(64))
+
+    @property
+    def is_accepted(self) -> bool:
+        limit = self.accepted_error
+        return limit is not None and self.error is not None and self.error <= limit
+
+    @property
+    def is_refused(self) -> bool:
+        """It was probed, and must not be used as it is."""
+        return self.probed_at is not None and not self.agrees and not self.is_accepted
 
 
 class Alias(Base):

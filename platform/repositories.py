@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, exists, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import contains_eager, selectinload
 
@@ -20,12 +20,28 @@ from loraplex.platform.models import (
     AliasRevision,
     AliasTarget,
     AuditEvent,
+    Proof,
     Pull,
     utc_now,
 )
 from loraplex.platform.names import DEFAULT_ALIAS, LATEST_ALIAS, Reference
 
 _LIVE = Adapter.deleted_at.is_(None)
+_DISPROVED = and_(  # Proof.is_refused, for the database
+    Proof.probed_at.is_not(None),
+    Proof.agrees.is_not(True),
+    or_(
+        Proof.accepted_error.is_(None),
+        Proof.error.is_(None),
+        Proof.error > Proof.accepted_error,
+    ),
+)
+_USABLE = and_(
+    AdapterVersion.status == "ready",
+    ~exists().where(
+        Proof.digest == AdapterVersion.digest, or_(Proof.damage.is_not(None), _DISPROVED)
+    ),
+)
 _VERSIONS_AND_ALIASES = (
     selectinload(Adapter.versions),
     selectinload(Adapter.aliases).selectinload(Alias.targets),
@@ -65,10 +81,8 @@ class AdapterRepository:
         return (await self._session.scalars(query)).all()
 
     async def names(self) -> Sequence[tuple[str, datetime]]:
-        """(name, created_at) of every adapter that has a ready version, by name."""
-        usable = exists().where(
-            AdapterVersion.adapter_id == Adapter.id, AdapterVersion.status == "ready"
-        )
+        """(name, created_at) of every adapter that has a version to be used, by name."""
+        usable = exists().where(AdapterVersion.adapter_id == Adapter.id, _USABLE)
         query = (
             select(Adapter.name, Adapter.created_at)
             .where(Adapter.tenant == self._tenant, _LIVE, usable)
@@ -77,7 +91,7 @@ class AdapterRepository:
         return [(row[0], row[1]) for row in await self._session.execute(query)]
 
     async def alias_names(self) -> Sequence[tuple[str, str]]:
-        """(name, alias) of every alias that leads to a ready version, by both."""
+        """(name, alias) of every alias that leads to a version to be used, by both."""
         query = (
             select(Adapter.name, Alias.alias)
             .distinct()
@@ -89,7 +103,7 @@ class AdapterRepository:
                 (AdapterVersion.adapter_id == AliasTarget.adapter_id)
                 & (AdapterVersion.version == AliasTarget.version),
             )
-            .where(Adapter.tenant == self._tenant, _LIVE, AdapterVersion.status == "ready")
+            .where(Adapter.tenant == self._tenant, _LIVE, _USABLE)
             .order_by(Adapter.name, Alias.alias)
         )
         return [(row[0], row[1]) for row in await self._session.execute(query)]
@@ -286,9 +300,89 @@ class ContentRepository:
         )
 
     async def remove_versions(self, version_ids: Iterable[int]) -> None:
+        """And what was known about contents that no version has any more."""
         await self._session.execute(
             delete(AdapterVersion).where(AdapterVersion.id.in_(set(version_ids)))
         )
+        await self._session.execute(
+            delete(Proof).where(Proof.digest.not_in(select(AdapterVersion.digest)))
+        )
+
+
+class ProofRepository:
+    """What is known about contents, over all tenants."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def get(self, digest: str) -> Proof | None:
+        return await self._session.get(Proof, digest)
+
+    async def of(self, digest: str) -> Proof:
+        """A new one where there is none yet."""
+        found = await self.get(digest)
+        if found is None:
+            found = Proof(digest=digest)
+            self._session.add(found)
+        return found
+
+    async def versions(self, digest: str) -> Sequence[AdapterVersion]:
+        """All that have this content, with their adapters."""
+        query = (
+            select(AdapterVersion)
+            .where(AdapterVersion.digest == digest)
+            .options(selectinload(AdapterVersion.adapter))
+            .order_by(AdapterVersion.id)
+        )
+        return (await self._session.scalars(query)).all()
+
+    async def unproven(self, facts: Mapping[str, str]) -> dict[str, int]:
+        """digest -> pages of contents that are in use and were not probed with these facts (columns
+        of `Proof`), the newest first.
+        """
+        same = and_(*(getattr(Proof, name) == value for name, value in facts.items()))
+        query = (
+            select(AdapterVersion.digest, AdapterVersion.manifest)
+            .outerjoin(Proof, Proof.digest == AdapterVersion.digest)
+            .where(
+                AdapterVersion.status == "ready",
+                Proof.damage.is_(None),
+                or_(Proof.probed_at.is_(None), ~same),
+            )
+            .order_by(AdapterVersion.id.desc())
+        )
+        rows = await self._session.execute(query)
+        return {digest: manifest["pages"] for digest, manifest in rows}
+
+    async def mend(self, digest: str) -> None:
+        """Its files are whole again. What was loaded of the old ones is to be probed."""
+        await self._session.execute(
+            update(Proof)
+            .where(Proof.digest == digest, Proof.damage.is_not(None))
+            .values(damage=None, probed_at=None)
+        )
+
+    async def counts(self) -> dict[str, int]:
+        """Ready versions by outcome: agrees, disagrees, damaged, unproven."""
+        outcomes: dict[str, ColumnElement[bool]] = {
+            "damaged": Proof.damage.is_not(None),
+            "disagrees": and_(
+                Proof.damage.is_(None), Proof.probed_at.is_not(None), Proof.agrees.is_not(True)
+            ),
+            "agrees": and_(
+                Proof.damage.is_(None), Proof.probed_at.is_not(None), Proof.agrees.is_(True)
+            ),
+            "unproven": and_(Proof.damage.is_(None), Proof.probed_at.is_(None)),
+        }
+        columns = [func.count().filter(condition) for condition in outcomes.values()]
+        query = (
+            select(*columns)
+            .select_from(AdapterVersion)
+            .outerjoin(Proof, Proof.digest == AdapterVersion.digest)
+            .where(AdapterVersion.status == "ready")
+        )
+        row = (await self._session.execute(query)).one()
+        return dict(zip(outcomes, row, strict=True))
 
 
 class PullRepository:

@@ -12,6 +12,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.errors import ApiError
 from loraplex.platform.models import AdapterVersion
 from loraplex.platform.names import DEFAULT_ALIAS, Reference, adapter_not_found
+from loraplex.platform.proof_view import Refusal, refusal
 from loraplex.platform.repositories import AdapterRepository
 from loraplex.platform.split import choose
 
@@ -20,14 +21,14 @@ MAX_CACHED_REFERENCES = 16_384
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
-    """One version of one adapter. `problem` says why it cannot be used."""
+    """One version of one adapter. `refusal` says why it cannot be used."""
 
     name: str
     version: int
     version_id: int
     digest: str
     rank: int
-    problem: str | None = None
+    refusal: Refusal | None = None
 
     @property
     def reference(self) -> str:
@@ -71,7 +72,7 @@ class Resolver:
     async def choose(self, text: str, key: str, *, param: str | None = None) -> ResolvedAdapter:
         """The version that a request with this key runs on. Equal keys get equal versions.
 
-        Raises: ApiError(adapter_not_found | adapter_not_ready).
+        Raises: ApiError(adapter_not_found | adapter_not_ready | adapter_proof_failed).
         """
         meaning = await self._meaning(text, param)
         version = choose(meaning.name, meaning.weights, key)
@@ -80,7 +81,8 @@ class Resolver:
     async def one(self, text: str) -> ResolvedAdapter:
         """The version that an operator's order is about.
 
-        Raises: ApiError(adapter_not_found | adapter_not_ready | alias_is_split).
+        Raises: ApiError(adapter_not_found | adapter_not_ready | adapter_proof_failed |
+        alias_is_split).
         """
         return _ready((await self._meaning(text, None)).only(text, None), text, None)
 
@@ -128,14 +130,12 @@ def _resolved(row: AdapterVersion) -> ResolvedAdapter:
         version_id=row.id,
         digest=row.digest,
         rank=row.manifest["rank"],
-        problem=None if row.status == "ready" else row.error or f"its status is {row.status}",
+        refusal=refusal(row),
     )
 
 
 def _ready(adapter: ResolvedAdapter, text: str, param: str | None) -> ResolvedAdapter:
-    if adapter.problem is not None:
+    if adapter.refusal is not None:
         named = text if text == adapter.reference else f"{text} ({adapter.reference})"
-        raise ApiError(
-            "adapter_not_ready", f"adapter {named!r} cannot be used: {adapter.problem}", param=param
-        )
+        raise adapter.refusal.error(named, param)
     return adapter

@@ -16,6 +16,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
+from loraplex.platform.proofs import ProofService
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
@@ -35,6 +36,7 @@ class Runtime:
     store: AdapterStore
     resolver: Resolver
     adapters: AdapterService
+    proofs: ProofService
     pulls: PullService
     pulled: PulledAdapters
     aliases: AliasService

@@ -41,6 +41,26 @@ class WeightedVersion(BaseModel):
     weight: Annotated[int, Field(strict=True, ge=0, le=MAX_WEIGHT)]
 
 
+class ProofObject(BaseModel):
+    """What the adapter did in the engine, against plain arithmetic on its files.
+
+    error, base_error, effect: distances of logits relative to their norm: engine to arithmetic with
+    the adapter, the same without it, and with to without it. null: not a number.
+    """
+
+    agrees: bool = Field(description="error <= tolerance")
+    error: float | None
+    tolerance: float | None
+    base_error: float | None
+    effect: float | None
+    accepted: bool = Field(description="It disagrees, and an operator serves it all the same.")
+    flags: list[Literal["disagrees", "no_effect"]]
+    probed_at: int
+    device: str
+    dtype: str
+    backend: str
+
+
 class AdapterVersionObject(BaseModel):
     """One content under a name."""
 
@@ -58,6 +78,7 @@ class AdapterVersionObject(BaseModel):
     status: Status
     error: str | None = None
     residency: Residency
+    proof: ProofObject | None = Field(None, description="null until it was probed.")
     created_at: int
     last_used_at: int | None = None
     num_requests: int = 0
@@ -75,7 +96,6 @@ class AdapterObject(AdapterVersionObject):
     description: str
     metadata: dict[str, Any]
     aliases: dict[str, list[WeightedVersion]]
-    probe: dict[str, Any] | None = None
 
 
 class AdapterDetail(AdapterObject):
@@ -159,6 +179,23 @@ class AdapterDeleted(BaseModel):
     deleted: Literal[True] = True
     versions: list[int]
     freed: Freed
+
+
+class VerifyOrder(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    accept: bool = Field(False, description="Serve it even if its probe disagrees.")
+
+
+class Verification(BaseModel):
+    """`ok`: its files are as uploaded, and its probe agrees or is accepted."""
+
+    id: str
+    version: int
+    digest: str
+    ok: bool
+    damage: str | None = Field(description="How its stored files differ from what was uploaded.")
+    proof: ProofObject | None
 
 
 class AliasObject(BaseModel):

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from loraplex.platform.cli import alias, output, pull
+from loraplex.platform.cli import alias, output, proof, pull
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.pull import json_object
 from loraplex.platform.cli.server_api import (
@@ -82,6 +82,7 @@ def add(
 
 app.command("pull")(pull.pull)
 app.command("cancel")(pull.cancel)
+app.command("verify")(proof.verify)
 
 
 @app.command("list")
@@ -115,7 +116,9 @@ def show(
     rows.columns[1].overflow = "fold"
     first = {key: found[key] for key in ("id", "version", "status", "residency") if key in found}
     for key, value in (first | found).items():
-        if key.endswith("_bytes"):
+        if key == "proof":
+            shown = proof.told(value)
+        elif key.endswith("_bytes"):
             shown = output.size(value)
         elif key.endswith("_at"):
             shown = output.ago(value)
@@ -293,7 +296,15 @@ def upload(
 
 def adapters_table(adapters: Sequence[dict[str, Any]]) -> Table:
     rows = output.table(
-        "adapter", ">version", ">rank", ">size", "status", "residency", "last used", "description"
+        "adapter",
+        ">version",
+        ">rank",
+        ">size",
+        "status",
+        "proof",
+        "residency",
+        "last used",
+        "description",
     )
     for a in adapters:
         rows.add_row(
@@ -302,6 +313,7 @@ def adapters_table(adapters: Sequence[dict[str, Any]]) -> Table:
             str(a["rank"]),
             output.size(a["size_bytes"]),
             a["status"],
+            proof.word(a.get("proof")),
             a["residency"],
             output.ago(a.get("last_used_at")),
             escape(a.get("description") or ""),

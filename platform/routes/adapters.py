@@ -18,6 +18,8 @@ from loraplex.platform.schemas import (
     AdapterList,
     AdapterObject,
     AdapterPatch,
+    Verification,
+    VerifyOrder,
 )
 from loraplex.platform.sources.schemas import AdapterWithPull, PendingAdapter
 
@@ -124,6 +126,18 @@ async def patch_adapter(
 ) -> AdapterDetail:
     """Change description or metadata; what is not sent stays."""
     return await state.adapters.patch(adapter_id, change, who)
+
+
+@router.post("/{adapter_id}/verify")
+async def verify_adapter(
+    adapter_id: AdapterId, state: State, who: Actor, order: VerifyOrder | None = None
+) -> Verification:
+    """Hash the stored files of one version again, and compare what it does with what they say. It
+    is loaded for that.
+    """
+    state.served_model()
+    accept = order is not None and order.accept
+    return await state.proofs.verify(adapter_id, accept=accept, actor=who)
 
 
 @router.delete("/{adapter_id}")

@@ -68,5 +68,6 @@ async def metrics(state: State) -> Response:
         snapshot,
         state.pulls.counters(),
         state.admin.residency_log,
+        await state.proofs.counts(),
     )
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

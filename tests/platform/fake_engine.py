@@ -10,6 +10,7 @@ from typing import Any
 
 from loraplex.engine.api import (
     AdapterEvent,
+    AdapterProbe,
     AdapterResidencyInfo,
     AdapterState,
     EngineStats,
@@ -143,6 +144,10 @@ class FakeEngine:
         self.residents: dict[str, AdapterState] = {}
         self.pinned: set[str] = set()
         self.forgotten: list[str] = []
+        self.probed: list[str] = []
+        self.probe_result: dict[str, Any] = {}  # what differs from a probe that agrees
+        self.probe_hold: asyncio.Event | None = None  # when set, probes wait for it
+        self.probe_error: EngineError | None = None  # the next probe fails with it
         self.listeners: list[Callable[[AdapterEvent | Stats], None]] = []
 
     @property
@@ -285,6 +290,18 @@ class FakeEngine:
         return FreedBytes(
             device_bytes=DEVICE_BYTES if there else 0, host_bytes=HOST_BYTES if there else 0
         )
+
+    async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
+        self._alive()
+        self.probed.append(digest)
+        if self.probe_hold is not None:
+            await self.probe_hold.wait()
+            self._alive()
+        if self.probe_error is not None:
+            failed, self.probe_error = self.probe_error, None
+            raise failed
+        fields = {"agrees": True, "error": 1e-7, "tolerance": 2e-6, "base_error": 5e-7}
+        return AdapterProbe(digest=digest, **{**fields, "effect": 0.25, **self.probe_result})
 
     async def memory(self) -> MemoryInfo:
         self._alive()
