@@ -23,11 +23,13 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab*")
+CONFIG_PATTERNS = ("config.json",)  # enough for `plan.py`
 SHOWN = 5  # names listed in a message before "and N more"
 
 
-def find_model(model: str) -> Path:
-    """The local directory of a model given by path or hub id; a hub id is downloaded if needed.
+def find_model(model: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """The local directory of a model given by path or hub id; of a hub id the files that match are
+    downloaded if needed.
 
     Raises: ModelError when it is neither a directory nor can be fetched.
     """
@@ -41,7 +43,7 @@ def find_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(

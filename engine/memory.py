@@ -82,7 +82,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Raises: ModelError when the model, or the length asked for, cannot fit."""
     weights = weights_bytes(model, dtype)
-    workspace = _workspace_bytes(config, model, dtype)
+    workspace = workspace_bytes(config, model, dtype)
     usable = memory.free
     if device.type == "cuda":
         usable = min(usable, int(memory.total * config.gpu_memory_utilization))
@@ -196,7 +196,7 @@ def adapter_page_bytes(model: DecoderConfig, dtype: torch.dtype) -> int:
     return model.num_layers * frame_elements(model.module_shapes) * dtype.itemsize
 
 
-def _workspace_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:
+def workspace_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:
     """The widest moment of a step, and the sampler's fp32 copies of the logits."""
     widest = 4 * model.hidden_size + 3 * model.intermediate_size + 2 * model.q_size
     max_num_seqs, max_num_tokens = config.step_sizes

@@ -47,13 +47,20 @@ def measure_gpu(
             steps.run(largest_runs(max_num_seqs, max_num_tokens, max_len), [(use,)], **EVERYTHING)
 
     step = peak_bytes(largest_step, device)
-    num_graphs = len(decode_buckets(max_num_seqs))
-    # A captured step of S rows needs about what S rows of the measured one did, once for all.
-    graphs = num_graphs * GRAPH_BYTES + step * max_num_seqs // max_num_tokens
-    logger.debug("a step takes %s, %d graphs %s", size(step), num_graphs, size(graphs))
+    graphs = graph_bytes(config, step)
+    logger.debug("a step takes %s, graphs %s", size(step), size(graphs))
     now = device_memory(device)
     weights = before.free - now.free
     return MeasuredGpu(before=before, now=now, weights=weights, step=step, graphs=graphs)
+
+
+def graph_bytes(config: EngineConfig, step: int) -> int:
+    """What captured steps need, given what the largest step does. A captured step of S rows needs
+    about what S rows of the largest one do, once for all.
+    """
+    max_num_seqs, max_num_tokens = config.step_sizes
+    num_graphs = len(decode_buckets(max_num_seqs))
+    return num_graphs * GRAPH_BYTES + step * max_num_seqs // max_num_tokens
 
 
 def largest_runs(max_num_seqs: int, max_num_tokens: int, max_len: int) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from loraplex.platform.cli.chat import chat
 from loraplex.platform.cli.demo import demo
 from loraplex.platform.cli.doctor import doctor
 from loraplex.platform.cli.output import CliError
+from loraplex.platform.cli.plan import plan
 
 
 class Commands(TyperGroup):
@@ -72,6 +73,7 @@ app.command()(demo)
 app.add_typer(adapter.app, name="adapter")
 app.command()(chat)
 app.command()(doctor)
+app.command()(plan)
 app.add_typer(bench.app, name="bench")
 
 
