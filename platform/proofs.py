@@ -38,7 +38,11 @@ DRAIN_TIMEOUT_S = 10.0
 # A probe that fails may have killed the engine: the next try is far enough off to serve meanwhile.
 FIRST_DELAY_S = 20.0
 LONGEST_DELAY_S = 3600.0
-REST = 4.0  # times the last probe: they take at most a fifth of the engine's time
+# Rests between probes, times the last one: they take at most a fifth of an idle engine's time, and
+# of a busy one's so little that less than 1 % of its tokens wait for one.
+REST = 4.0
+BUSY_REST = 200.0
+LONGEST_REST_S = 30.0
 
 
 @dataclass(slots=True)
@@ -149,7 +153,7 @@ class ProofService:
                 continue
             began = time.monotonic()
             some_left |= not await self._prove(digest)
-            await asyncio.sleep(REST * (time.monotonic() - began))
+            await self._rest(time.monotonic() - began)
             room = await self._room()
         return some_left
 
@@ -169,6 +173,13 @@ class ProofService:
         self._delays.pop(digest, None)
         await self._record(digest, probe, damage=None, accept=False, actor=ACTOR)
         return True
+
+    async def _rest(self, probe_s: float) -> None:
+        """The longer rest ends when the engine has nothing to do."""
+        await asyncio.sleep(REST * probe_s)
+        until = time.monotonic() + min(BUSY_REST * probe_s, LONGEST_REST_S)
+        while time.monotonic() < until and (await self._engine.stats()).num_running:
+            await asyncio.sleep(min(probe_s * REST, 1.0))
 
     def _put_off(self, digest: str, error: EngineError) -> None:
         last = self._delays.get(digest)

@@ -203,3 +203,25 @@ async def test_a_server_goes_on_where_the_first_release_stopped(tmp_path: Path) 
         "json": "json@1",
         "json:prod": "json@1",
     }
+
+
+async def test_contents_of_before_there_were_proofs_are_unproven(tmp_path: Path) -> None:
+    from loraplex.platform.repositories import AdapterRepository, ProofRepository
+
+    sync = create_engine(f"sqlite:///{tmp_path / 'r.sqlite'}")
+    with sync.connect() as connection:
+        filled(connection)
+        upgrade(connection, "2026_11_24_pulls")
+        connection.exec_driver_sql("UPDATE adapter_version SET manifest = '{\"pages\": 3}'")
+        connection.commit()
+    sync.dispose()
+    database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'r.sqlite'}")
+    async with database.read() as session:
+        assert await ProofRepository(session).unproven({"model": "m"}) == {"ab" * 32: 3}
+        assert [row.proof for row in await AdapterRepository(session).versions()] == [None] * 3
+    await database.close()
+    with sync.connect() as connection:
+        downgrade(connection, "2026_11_24_pulls")
+        assert "proof" not in tables(connection)
+        assert len(rows(connection, KEPT["adapter_version"])) == 3
+    sync.dispose()

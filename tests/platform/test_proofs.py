@@ -11,6 +11,7 @@ import pytest
 
 from loraplex.engine.errors import EngineDead, EngineError
 from loraplex.platform import proofs
+from loraplex.platform.models import Proof, utc_now
 
 OFF = {"agrees": False, "error": 0.2, "effect": 0.21}
 Until = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -279,6 +280,55 @@ async def test_verify_refuses_what_is_not_there(server: Any, start: Any) -> None
     server.engine.alive = False
     answer = await server.http.post("/v1/adapters/sql/verify")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+async def test_while_requests_run_probes_keep_their_distance(
+    server: Any, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setattr(proofs, "BUSY_REST", 1e9)
+    server.engine.hold = asyncio.Event()
+    running = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": "x"}))
+    await until(lambda: bool(server.engine.running))
+    await server.upload("a")
+    await server.upload("b", alpha=16)
+    await until(lambda: len(server.engine.probed) == 1)
+    await asyncio.sleep(0.1)
+    assert len(server.engine.probed) == 1
+    server.engine.hold.set()
+    await running
+    await until(lambda: len(server.engine.probed) == 2)
+
+
+PROBED = {"probed_at": utc_now()}
+
+
+@pytest.mark.parametrize(
+    ("columns", "refused"),
+    [
+        ({}, False),
+        ({"agrees": False}, False),  # of before a repair
+        ({**PROBED, "agrees": True, "error": 0.1}, False),
+        ({**PROBED, "agrees": False, "error": 0.1}, True),
+        ({**PROBED, "agrees": False, "error": None}, True),
+        ({**PROBED, "agrees": False, "error": None, "accepted_error": 0.1}, True),
+        ({**PROBED, "agrees": False, "error": 0.1, "accepted_error": 0.1}, False),
+        ({**PROBED, "agrees": False, "error": 0.2, "accepted_error": 0.1}, True),
+        ({**PROBED, "agrees": True, "error": 0.1, "damage": "gone"}, True),
+        ({"damage": "gone"}, True),
+    ],
+)
+async def test_the_database_and_python_refuse_the_same(
+    server: Any, columns: dict[str, Any], refused: bool
+) -> None:
+    server.engine.probe_hold = asyncio.Event()  # no probe comes between
+    made = await server.upload("sql", alias="prod")
+    async with server.runtime.db.unit_of_work() as session:
+        session.add(Proof(digest=digest(made), **columns))
+    server.runtime.resolver.forget()
+    listed = {m["id"] for m in (await server.http.get("/v1/models")).json()["data"]}
+    assert listed - {"tiny"} == (set() if refused else {"sql", "sql:prod"})
+    assert ((await used(server, "sql"))[0] == 409) == refused
+    assert ((await shown(server, "sql"))["status"] == "failed") == refused
 
 
 async def test_metrics_count_versions_by_outcome(server: Any) -> None:
