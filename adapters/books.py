@@ -244,7 +244,9 @@ class Books:
 
     def end_load(self, done: LoadDone) -> None:
         resident = self.residents[done.digest]
+        unseen = self.clock() - resident.since - done.seconds  # it had ended, a step was running
         _add(resident.phases, done.phases)
+        _add(resident.phases, {Phase.QUEUE: max(0.0, unseen)})
         self.loads_under_way[done.stage] -= 1
         self.load_seconds += done.seconds
         if not done.ok:

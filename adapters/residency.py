@@ -30,7 +30,7 @@ class Stage(StrEnum):
 class Phase(StrEnum):
     """What the seconds of a load went into."""
 
-    QUEUE = "queue"  # for room, for loads before it, for the loader's thread
+    QUEUE = "queue"  # for room, for loads before it, for the end of a step
     READ = "read"  # of the page file, or of the weights
     VERIFY = "verify"  # the page file's checksums
     BUILD = "build"  # pages out of weights

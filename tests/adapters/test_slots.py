@@ -164,9 +164,12 @@ def test_what_a_load_took_is_told_by_phase_from_the_first_want_on() -> None:
     bench.slots.want((0, 1), ["a"])
     bench.now += 3
     bench.slots.want((0, 2), ["a"])
+    bench.slots.advance()
+    bench.loader.finish("a")  # took 0.5 s, and was taken in after a long step
+    bench.now += 2.5
     bench.settle()
     assert bench.transitions[-1].phases == {
-        Phase.QUEUE: 3.5,
+        Phase.QUEUE: 5.5,
         Phase.READ: 2.0,
         Phase.VERIFY: 0.5,
         Phase.COPY: 1.0,
