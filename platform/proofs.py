@@ -134,9 +134,10 @@ class ProofService:
     # --- in the background ------------------------------------------------------------------------
 
     async def _prove_all(self) -> bool:
-        """One pass over what is unproven. Returns whether some of it has to wait."""
-        if not self._engine.ready:
-            return True
+        """One pass over what is unproven. Returns whether some of it has to wait.
+
+        Raises: EngineDead, also while the engine restarts.
+        """
         async with self._db.read() as session:
             unproven = await ProofRepository(session).unproven(self._facts())
         if not unproven:

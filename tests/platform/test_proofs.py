@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from loraplex.engine.errors import EngineDead, EngineError
 from loraplex.platform import proofs
@@ -126,6 +127,9 @@ async def test_numbers_that_are_none_disagree_and_cannot_be_accepted(server: Any
     assert (proof["error"], proof["effect"], proof["flags"]) == (None, None, ["disagrees"])
     assert not (await verified(server, "sql", accept=True))["ok"]
     assert await used(server, "sql") == UNUSABLE
+    async with server.runtime.db.read() as session:
+        row = await session.scalar(select(Proof))
+        assert (row.error, row.effect) == (None, None)  # in every database
 
 
 async def test_an_operator_can_accept_it_up_to_the_error_seen(server: Any) -> None:
@@ -214,6 +218,9 @@ async def test_one_deleted_in_the_middle_leaves_nothing(server: Any, until: Unti
     assert sum((await server.runtime.proofs.counts()).values()) == 0
     assert (await server.upload("sql"))["proof"] is None  # nothing is known of it any more
     assert made["digest"] == (await proven(server, "sql"))["digest"]
+    assert (await server.http.delete("/v1/adapters/sql")).status_code == 200
+    server.engine.probe_hold = asyncio.Event()
+    assert (await server.upload("sql"))["proof"] is None
 
 
 async def test_none_is_loaded_where_another_had_to_leave(server: Any) -> None:
