@@ -97,8 +97,9 @@ def plan_gpu_memory(
             f"{ADAPTER_SHARE:.0%} of what is left" if adapter_bytes == share else "one a sequence"
         )
     left = rest - adapter_bytes
-    if config.kv_cache_memory is not None and config.kv_cache_memory > left:
-        raise memory_exceeded(config.kv_cache_memory, adapter_bytes, rest)
+    kv_bytes = config.kv_cache_memory or block_bytes
+    if kv_bytes > left:
+        raise memory_exceeded(kv_bytes, adapter_bytes, rest)
     max_model_len, num_blocks = kv_blocks(config, model, left // block_bytes, block_bytes)
     if config.kv_cache_memory is None:
         tokens = num_blocks * config.block_size

@@ -94,6 +94,8 @@ def test_what_does_not_fit_is_refused() -> None:
     assert caught.value.code == "model_too_large"
     with pytest.raises(ModelError, match="lower --kv-cache-memory or --adapter-memory"):
         plan(24, kv_cache_memory=9 * GIB)
+    with pytest.raises(ModelError, match="lower --kv-cache-memory or --adapter-memory"):
+        plan(24, adapter_memory=9 * GIB)
     with pytest.raises(ModelError, match=r"--kv-cache-memory \d+ or more, or --max-model-len"):
         plan(24, max_model_len=131072)
     config = EngineConfig(model="m", adapter_dir=Path("a")).for_device("cuda")
