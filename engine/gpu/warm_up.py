@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from loraplex.adapters.pool import PagePool
 from loraplex.engine.api import AdapterUse
 from loraplex.engine.gpu.dummy_steps import EVERYTHING, DummySteps, dummy_adapter
 from loraplex.engine.gpu.graphs import decode_buckets
 from loraplex.engine.gpu.memory_profile import largest_runs
 from loraplex.engine.gpu.runner import GpuRunner
+from loraplex.engine.probe import paged_logits, probe_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +48,27 @@ def warm_up(
     max_len: int,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
-    """Capture the graphs and run every kind of step. max_len: tokens of the longest sequence."""
+    """Capture the graphs, run every kind of step, and what a probe of an adapter runs.
+
+    max_len: tokens of the longest sequence.
+    """
     started = time.perf_counter()
     runner.graphs.capture(on_progress)
     steps = DummySteps(runner, max_len)
     with dummy_adapter(pool) as use:
         for runs, uses, sampling in _kinds(use, max_num_seqs, max_num_tokens, max_len):
             steps.run(runs, uses, **sampling)
+        _probe(runner, pool, use)
     logger.info("warmed up in %.1f s", time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def _probe(runner: GpuRunner, pool: PagePool, use: AdapterUse) -> None:
+    """Its batches are made without the runner, with 64-bit numbers: other configurations."""
+    decoder = runner.decoder
+    tokens = probe_tokens(decoder.config.vocab_size).to(decoder.embedding.device)
+    for digest in (None, use.digest):
+        paged_logits(decoder, pool, runner.kv_cache.block_size, tokens, digest)
 
 
 def _kinds(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loraplex.engine.gpu.dummy_steps import DummySteps, dummy_adapter
 from loraplex.engine.gpu.warm_up import warm_up
+from loraplex.engine.probe import paged_logits
 from loraplex.kernels.gpu.configurations import distinct
 
 meta = sys.modules["meta_runner"]
@@ -84,6 +85,18 @@ def test_no_step_compiles_anything(
     new = distinct(notes).keys() - ready.compiled
     assert not new, "\n".join(map(str, new))
     assert notes
+
+
+@torch.inference_mode()
+def test_the_first_probe_compiles_nothing(warm: Any) -> None:
+    """Adapters are registered while others are served."""
+    ready = warm("llama")
+    tokens = torch.zeros(12, dtype=torch.int64, device=meta.META)
+    with meta.watched() as (notes, _), dummy_adapter(ready.pool) as use:
+        for digest in (None, use.digest):
+            paged_logits(ready.runner.decoder, ready.pool, 16, tokens, digest)
+    assert notes
+    assert not distinct(notes).keys() - ready.compiled
 
 
 def test_captures_alone_would_not_do() -> None:
