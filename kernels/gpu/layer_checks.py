@@ -57,6 +57,8 @@ def check_shrink(step: LayerStep, modules: tuple[Module, ...]) -> list[Pair]:
     t: object = step.shrink(modules)  # opaque to `Ops`, ours to look into
     assert isinstance(t, Shrunk)
     x = step.input_of(modules)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)  # it may run on a stream that only an expand waits for
     work = lora.plan if isinstance(lora.plan, LoraWork) else lora_work(lora, len(x), x.device)
     pairs: list[Pair] = []
     for planes, tiles in ((t.small, work.small), (t.large, work.large)):
