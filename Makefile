@@ -51,7 +51,7 @@ bench: $(STAMP)                   ## the README's tables
 gpu:                              ## on a GPU: correctness, then all GPU benches; make gpu OUT=folder
 	@test -n "$(OUT)" || { echo 'usage: make gpu OUT=<folder> [ARGS="--peer vllm=<unpacked wheel> ..."]'; exit 2; }
 	@mkdir -p .ns/loraplex && for d in $(LAYERS); do ln -sfn ../../$$d .ns/loraplex/$$d; done
-	PYTHONPATH=.ns $(PYTHON) -m loraplex.engine.bench --all --out $(OUT) $(ARGS)
+	PYTHONPATH=.ns$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m loraplex.engine.bench --all --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .ns build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
