@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterCorrupt, AdapterError, AdapterRefused
+from loraplex.adapters.extras import Extras
 from loraplex.adapters.header import Header, read_header
 from loraplex.adapters.manifest import MANIFEST_FILE, WEIGHTS_FILE, AdapterManifest
 
@@ -48,6 +49,7 @@ class LoadedAdapter:
     digest: str
     rank: int  # the largest of all modules
     modules: dict[tuple[int, int], LoadedModule]
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def nbytes(self) -> int:
