@@ -26,7 +26,8 @@ from loraplex.adapters.config_keys import (
 )
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.limits import Limits
-from loraplex.adapters.manifest import CONFIG_FILE, ModuleShape
+from loraplex.adapters.manifest import CONFIG_FILE
+from loraplex.adapters.module_shape import ModuleShape
 from loraplex.adapters.patterns import Pattern, PatternError, is_plain, tail_matcher
 from loraplex.adapters.targets import ALL_LINEAR, Targets
 

@@ -12,7 +12,8 @@ from loraplex.adapters.config import read_config
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.header import read_header
 from loraplex.adapters.limits import Limits
-from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, ModuleShape
+from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
+from loraplex.adapters.module_shape import ModuleShape
 from loraplex.adapters.validation import describe, examine
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from loraplex.adapters import strict_json
 from loraplex.adapters.errors import AdapterCorrupt, Problem
+from loraplex.adapters.fused import split
+from loraplex.adapters.manifest_parts import ManifestModule, ManifestRows, Replacement
+from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -19,31 +22,6 @@ MANIFEST_FILE = "manifest.json"
 
 FORMAT = 1
 PAGE_RANKS = 16  # ranks of one device page (ARCHITECTURE 4)
-
-
-class ModuleShape(Protocol):
-    """A linear module of the base model; `engine.api.ModuleShape` is one."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestModule:
-    """One adapted module. `lora_a` [rank, in] and `lora_b` [out, rank] are names of tensors."""
-
-    path: str
-    rank: int
-    alpha: float
-    scaling: float
-    in_features: int
-    out_features: int
-    lora_a: str
-    lora_b: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +43,104 @@ class AdapterManifest:
     size_bytes: int  # of all tensors as stored
     dtype: str  # "float32" | "float16" | "bfloat16" | "float64" | "mixed"
     base_model: str | None  # what the config says it was trained on
-    modules: tuple[ManifestModule, ...]  # sorted by path
+    modules: tuple[ManifestModule, ...]  # linear modules of layers, sorted by path
     files: dict[str, FileStamp]
     warnings: tuple[Problem, ...] = ()
+    # What `extras.Extras` holds of it, beside the magnitudes and biases in `modules`.
+    embedding_lora: ManifestModule | None = None
+    head_lora: ManifestModule | None = None
+    replacements: tuple[Replacement, ...] = ()  # sorted by path, weight before bias
+    token_rows: ManifestRows | None = None
+    # Whether the model's head is tied to its embedding; None: no matter, it changes neither.
+    tied_head: bool | None = None
 
     @property
     def pages(self) -> int:
-        """Device pages it needs."""
-        return -(-self.rank // PAGE_RANKS)
+        """Device pages it needs: none if it adapts no linear module of a layer."""
+        return -(-max((m.rank for m in self.modules), default=0) // PAGE_RANKS)
+
+    @property
+    def needs_weight_one(self) -> bool:
+        """Whether it is not linear in its weight, so that it can neither be scaled nor be composed:
+        it norms weights (DoRA) or stands for parts of the base model.
+        """
+        replaces = bool(self.replacements) or self.token_rows is not None
+        return replaces or any(m.magnitude is not None for m in self.modules)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it uses beyond A and B of linear modules, for people."""
+        weights = [r for r in self.replacements if r.parameter == "weight"]
+        kinds = {r.kind for r in weights}
+        found = {
+            "dora": any(m.magnitude is not None for m in self.modules),
+            "lora_bias": any(m.delta_bias is not None for m in self.modules),
+            "fused_projections": any(m.rows is not None for m in self.modules),
+            "embed_tokens_lora": self.embedding_lora is not None,
+            "lm_head_lora": self.head_lora is not None,
+            "bias": len(weights) < len(self.replacements),
+            "full_linear": "linear" in kinds,
+            "full_norm": "norm" in kinds,
+            "full_embed_tokens": "embedding" in kinds,
+            "full_lm_head": "head" in kinds,
+            "token_rows": self.token_rows is not None,
+        }
+        return tuple(name for name, used in found.items() if used)
+
+    def extras_bytes(self, itemsize: int) -> int:
+        """`Extras.nbytes` of what `load_weights` gives for a model dtype of that many bytes."""
+        vectors = sum(
+            m.out_features * ((m.magnitude is not None) + (m.delta_bias is not None))
+            for m in self.modules
+        )
+        vectors += sum(r.numel for r in self.replacements if r.parameter == "bias")
+        weights = sum(r.numel for r in self.replacements if r.parameter == "weight")
+        for lora in (self.embedding_lora, self.head_lora):
+            if lora is not None:
+                weights += lora.rank * (lora.in_features + lora.out_features)
+        num_rows = 0
+        if self.token_rows is not None:
+            num_rows = len(self.token_rows.ids)
+            weights += num_rows * self.token_rows.hidden_size
+        return 4 * vectors + itemsize * weights + 8 * num_rows
 
     def mismatches(self, modules: Iterable[ModuleShape]) -> list[Problem]:
         """Why this adapter cannot run on a model with these modules; empty if it can.
 
         A store outlives the model it was filled for, so this is asked again at every start.
         """
-        shapes = {m.path: (m.in_features, m.out_features) for m in modules}
+        there: dict[str, tuple[ModuleShape, int]] = {}  # path -> module, its rows
+        for module in modules:
+            for path, rows in split(module):
+                there[path] = (module, module.out_features if rows is None else rows.count)
         problems = []
-        for m in self.modules:
-            if shapes.get(m.path) != (m.in_features, m.out_features):
-                actual = shapes.get(m.path)
-                problems.append(
-                    Problem(
-                        "base_model_mismatch",
-                        f"{m.path} is not in this base model"
-                        if actual is None
-                        else f"{m.path} has another shape in this base model",
-                        expected=f"in {m.in_features}, out {m.out_features}",
-                        actual=actual and f"in {actual[0]}, out {actual[1]}",
-                    )
-                )
+
+        def compare(path: str, expected: str, actual: str | None) -> None:
+            if actual != expected:
+                how = "is not" if actual is None else "is another"
+                message = f"{path} {how} in this base model"
+                problem = Problem("base_model_mismatch", message, expected=expected, actual=actual)
+                problems.append(problem)
+
+        loras = [*self.modules, self.embedding_lora, self.head_lora]
+        for m in filter(None, loras):
+            found = there.get(m.path)
+            actual = found and f"in {found[0].in_features}, out {found[1]}"
+            compare(m.path, f"in {m.in_features}, out {m.out_features}", actual)
+        for r in self.replacements:
+            found = there.get(r.path)
+            shape = None if found is None else r.shape_in(*found)
+            actual = None if shape is None else str(list(shape))
+            compare(f"{r.path}.{r.parameter}", str(list(r.shape)), actual)
+        if self.token_rows is not None:
+            found = there.get(EMBEDDING)
+            fits = found and self.token_rows.ids[-1] < found[0].in_features
+            actual = found and f"rows of {found[1]}" + ("" if fits else ", too few")
+            compare(EMBEDDING, f"rows of {self.token_rows.hidden_size}", actual)
+        if self.tied_head is not None:
+            tied = HEAD in there and there[HEAD][0].tied
+            words = {True: "tied to the embedding", False: "not tied to the embedding"}
+            compare(HEAD, words[self.tied_head], words[tied])
         return problems
 
     def to_json(self) -> bytes:
@@ -107,7 +154,14 @@ class AdapterManifest:
             if fields.pop("format") != FORMAT:
                 raise ValueError("written by another version of Loraplex")
             fields["target_modules"] = tuple(fields["target_modules"])
-            fields["modules"] = tuple(ManifestModule(**m) for m in fields["modules"])
+            fields["modules"] = tuple(ManifestModule.read(m) for m in fields["modules"])
+            for key in ("embedding_lora", "head_lora"):
+                if fields.get(key) is not None:
+                    fields[key] = ManifestModule.read(fields[key])
+            replacements = fields.get("replacements", ())
+            fields["replacements"] = tuple(Replacement.read(r) for r in replacements)
+            if fields.get("token_rows") is not None:
+                fields["token_rows"] = ManifestRows.read(fields["token_rows"])
             fields["files"] = {name: FileStamp(**f) for name, f in fields["files"].items()}
             fields["warnings"] = tuple(Problem(**p) for p in fields["warnings"])
             return cls(**fields)

@@ -28,9 +28,9 @@ from loraplex.adapters.manifest import (
     WEIGHTS_FILE,
     AdapterManifest,
     FileStamp,
-    ManifestModule,
-    ModuleShape,
 )
+from loraplex.adapters.manifest_parts import ManifestModule
+from loraplex.adapters.module_shape import ModuleShape
 from loraplex.adapters.tensor_names import PREFIX, TensorKey, describe_foreign, parse_key
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -107,12 +107,20 @@ class SequenceOutput(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class ModuleShape(Struct, frozen=True, array_like=True):
-    """A linear module that adapters may target: `path` relative to the causal LM, e.g.
-    `model.layers.0.self_attn.q_proj`; weight is `[out_features, in_features]`."""
+    """A module that adapters may change: `path` relative to the causal LM, e.g.
+    `model.layers.0.self_attn.q_proj`.
+
+    The weight of a linear module or the head is `[out_features, in_features]`, that of the
+    embedding `[in_features, out_features]` (vocabulary, hidden), a norm's `[out_features]`.
+    """
 
     path: str
     in_features: int
     out_features: int
+    kind: str = "linear"  # linear (of a layer) | norm | embedding | head
+    bias: bool = False  # whether the base model's module has one
+    parts: tuple[int, ...] = ()  # out_features of the projections that a fused one consists of
+    tied: bool = False  # of the head: its weight is the embedding's
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -133,7 +141,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     special_tokens: dict[str, str]  # bos_token, eos_token, pad_token, unk_token as text
     # From generation_config.json: temperature, top_p, top_k...
     generation_defaults: dict[str, float | int]
-    modules: list[ModuleShape]  # every linear module adapters may target
+    modules: list[ModuleShape]  # every module adapters may change
     num_parameters: int
 
 
