@@ -110,7 +110,11 @@ def create_app(
             pulled=PulledAdapters(service, pull_service),
             aliases=AliasService(db, resolver),
             admin=AdminService(db, store, serving, service, resolver),
-            inference=InferenceService(serving, resolver),
+            inference=InferenceService(
+                serving,
+                resolver,
+                None if settings.tool_format == "auto" else settings.tool_format,
+            ),
             metrics=RequestMetrics(),
             usage=UsageMeter(db),
             base_name=served_name(settings.model, settings.served_model_name),

@@ -5,7 +5,6 @@ One path for both routes. Nothing of the database is held once `prepare_*` retur
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,21 @@ from typing import Any
 
 import msgspec
 
-from loraplex.engine.api import AdapterUse, GenerationRequest
-from loraplex.engine.errors import InvalidRequest
+from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.platform.chat.parsing import Parsing
+from loraplex.platform.chat.tool_formats import FormatName
+from loraplex.platform.chat_prompt import find_parsing, marks_are_special, render_chat
+from loraplex.platform.chat_schemas import ChatBody
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.generation import Choice, Generation, TextOptions
 from loraplex.platform.openai_format import Answer, Kind
-from loraplex.platform.openai_schemas import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
+from loraplex.platform.openai_schemas import MAX_CHOICES, CompletionBody, GenerationBody
+from loraplex.platform.prompts import Prompt, check_token_ids, encode_prompts, encode_text, fit
 from loraplex.platform.resolution import ResolvedAdapter, Resolver
 from loraplex.platform.served_model import ServedModel
 
-# Longer texts are tokenised in a worker thread (the library releases the GIL), so that streams do
-# not stall. ~1 us per character: 16k characters are about 15 ms.
-INLINE_CHARS = 16_384
+BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,14 @@ class Prepared:
 
 
 class InferenceService:
-    def __init__(self, engine: EnginePort, resolver: Resolver) -> None:
+    """tool_format: how the model writes tool calls; None = by its chat template."""
+
+    def __init__(
+        self, engine: EnginePort, resolver: Resolver, tool_format: FormatName | None = None
+    ) -> None:
         self._engine = engine
         self._resolver = resolver
+        self._tool_format = tool_format
 
     async def prepare_completion(
         self, body: CompletionBody, model: ServedModel, sticky_key: str | None = None
@@ -84,7 +90,10 @@ class InferenceService:
         _refuse_unsupported(body)
         name, composition = await self._composition(body, model, sticky_key)
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
-        prompts = await _encode_prompts(body.prompt, model, add_special)
+        prompts = [
+            fit(prompt, body.truncate_prompt_tokens, model, "prompt")
+            for prompt in await encode_prompts(body.prompt, model, add_special)
+        ]
         discard_output = bool(body.echo) and body.max_tokens == 0
         if body.max_tokens == 0 and not discard_output:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
@@ -94,9 +103,16 @@ class InferenceService:
                 prompt.text if prompt.text is not None else model.tokenizer.decode(prompt.token_ids)
                 for prompt in prompts
             ]
-            echo = tuple(text for text in texts for _ in range(body.num_choices))
+            echo = tuple(text for text in texts for _ in range(body.num_sampled))
         return self._prepared(
-            "completion", body, model, name, composition, prompts, echo, discard_output
+            "completion",
+            body,
+            model,
+            name,
+            composition,
+            prompts,
+            echo=echo,
+            discard_output=discard_output,
         )
 
     async def prepare_chat(
@@ -107,12 +123,16 @@ class InferenceService:
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
         name, composition = await self._composition(body, model, sticky_key)
-        if body.chat_template is None:
-            text = _render(body, model)
-        else:  # a client's own template may be slow
-            text = await asyncio.to_thread(_render, body, model)
-        prompt = await _encode_text(text, model, bool(body.add_special_tokens), param="messages")
-        return self._prepared("chat", body, model, name, composition, [prompt], (), False)
+        text = await render_chat(body, model)
+        prompt = await encode_text(text, model, bool(body.add_special_tokens), param="messages")
+        prompt = fit(prompt, body.truncate_prompt_tokens, model, "messages")
+        echo: tuple[str, ...] = ()
+        if body.echo and body.continue_final_message:
+            echo = (body.messages[-1].text,) * body.num_choices
+        parsing = find_parsing(body, text, model, self._tool_format)
+        return self._prepared(
+            "chat", body, model, name, composition, [prompt], echo=echo, parsing=parsing
+        )
 
     def _prepared(
         self,
@@ -121,29 +141,37 @@ class InferenceService:
         model: ServedModel,
         name: str,
         composition: Composition,
-        prompts: Sequence[_Prompt],
-        echo: tuple[str, ...],
-        discard_output: bool,
+        prompts: Sequence[Prompt],
+        *,
+        echo: tuple[str, ...] = (),
+        discard_output: bool = False,
+        parsing: Parsing | None = None,
     ) -> Prepared:
-        num_choices = body.num_choices
+        num_choices = body.num_sampled
         if len(prompts) * num_choices > MAX_CHOICES:
+            asked = "n" if num_choices == body.num_choices else "best_of"
             raise ApiError(
                 "invalid_request",
-                f"{len(prompts)} prompts x n={num_choices} exceed {MAX_CHOICES} choices; "
+                f"{len(prompts)} prompts x {asked}={num_choices} exceed {MAX_CHOICES} choices; "
                 "send fewer at once",
-                param="n",
+                param=asked,
             )
-        param = "prompt" if kind == "completion" else "messages"
-        prompts = [_fit(prompt, body, model, param) for prompt in prompts]
-        _check_token_ids(body, model.info.vocab_size)
-        answer_id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+        _check_token_lists(body, model.info.vocab_size)
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        answer_id = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
+        show_special = body.skip_special_tokens is False
+        if parsing is not None:
+            show_special = show_special or marks_are_special(parsing, model)
         options = TextOptions(
             stop=body.stop_strings,
             include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
+            skip_special_tokens=not show_special,
             keep_empty=body.requested_logprobs is not None or bool(body.return_token_ids),
         )
-        wants_prompt_logprobs = bool(echo) and body.requested_logprobs is not None
+        is_scored = num_choices > body.num_choices  # log-probabilities tell the best
+        wants_prompt_logprobs = (
+            kind == "completion" and bool(echo) and body.requested_logprobs is not None
+        )
         choices = []
         for i in range(num_choices):
             sampling = body.sampling(model.info.generation_defaults, choice=i)
@@ -151,6 +179,10 @@ class InferenceService:
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=sampling.logprobs)
             if discard_output:
                 sampling = msgspec.structs.replace(sampling, max_tokens=1)
+            if is_scored and sampling.logprobs is None:
+                sampling = msgspec.structs.replace(sampling, logprobs=0)
+            if body.bad_words:
+                sampling = _ban(body.bad_words, sampling, model)
             for p, prompt in enumerate(prompts):
                 index = p * num_choices + i
                 request = GenerationRequest(
@@ -177,13 +209,16 @@ class InferenceService:
             ids_as_tokens=bool(body.return_tokens_as_token_ids),
             echo=echo,
             discard_output=discard_output,
+            with_logprobs=body.requested_logprobs is not None,
+            num_best=body.num_choices if is_scored else None,
+            parsing=parsing,
         )
         return Prepared(
             answer,
             Generation(self._engine, choices),
             composition,
             bool(body.stream),
-            num_choices,
+            body.num_choices,
             body.requested_max_tokens,
         )
 
@@ -237,90 +272,7 @@ class InferenceService:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    token_ids: list[int]
-    text: str | None  # None when the client sent ids
-
-
-async def _encode_prompts(
-    prompt: str | list[int] | list[list[int]] | list[str], model: ServedModel, add_special: bool
-) -> list[_Prompt]:
-    if isinstance(prompt, str):
-        return [await _encode_text(prompt, model, add_special)]
-    if not prompt:
-        raise ApiError(
-            "invalid_request", "prompt is empty; send text or at least one token id", param="prompt"
-        )
-    if isinstance(prompt[0], int):
-        return [_from_ids(prompt, model)]
-    return [
-        await _encode_text(item, model, add_special)
-        if isinstance(item, str)
-        else _from_ids(item, model)
-        for item in prompt
-    ]
-
-
-async def _encode_text(
-    text: str, model: ServedModel, add_special: bool, *, param: str = "prompt"
-) -> _Prompt:
-    def run() -> list[int]:
-        return model.tokenizer.encode(text, add_special_tokens=add_special)
-
-    try:
-        ids = run() if len(text) <= INLINE_CHARS else await asyncio.to_thread(run)
-    except InvalidRequest as error:
-        raise ApiError("invalid_request", error.message, param=param) from None
-    if not ids:
-        raise ApiError("invalid_request", f"{param} has no tokens", param=param)
-    return _Prompt(ids, text)
-
-
-def _from_ids(ids: Sequence[int], model: ServedModel) -> _Prompt:
-    if not ids:
-        raise ApiError("invalid_request", "prompt has no tokens", param="prompt")
-    _check_ids(ids, model.info.vocab_size, "prompt")
-    return _Prompt(list(ids), None)
-
-
-def _render(body: ChatBody, model: ServedModel) -> str:
-    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-    continued = bool(body.continue_final_message)
-    try:
-        return model.chat_template.render(
-            [message.model_dump(exclude_unset=True) for message in body.messages],
-            documents=body.documents,
-            add_generation_prompt=not continued
-            if body.add_generation_prompt is None
-            else body.add_generation_prompt,
-            continue_final_message=continued,
-            chat_template=body.chat_template,
-            variables=variables,
-        )
-    except InvalidRequest as error:
-        raise ApiError("invalid_request", error.message, param="messages") from None
-
-
-def _fit(prompt: _Prompt, body: GenerationBody, model: ServedModel, param: str) -> _Prompt:
-    """The prompt, cut to `truncate_prompt_tokens`; a token of output must fit behind it."""
-    if body.truncate_prompt_tokens is not None:
-        prompt = _Prompt(prompt.token_ids[-body.truncate_prompt_tokens :], prompt.text)
-    longest = model.info.max_model_len - 1
-    if len(prompt.token_ids) > longest:
-        raise ApiError(
-            "context_length_exceeded",
-            f"the prompt has {len(prompt.token_ids)} tokens, this model takes {longest} "
-            f"and one of output (max_model_len {longest + 1}); shorten it "
-            "or set truncate_prompt_tokens",
-            param=param,
-        )
-    return prompt
-
-
-def _check_token_ids(body: GenerationBody, vocab_size: int) -> None:
+def _check_token_lists(body: GenerationBody, vocab_size: int) -> None:
     named: Mapping[str, Any] = {
         "logit_bias": body.logit_bias,
         "allowed_token_ids": body.allowed_token_ids,
@@ -328,20 +280,33 @@ def _check_token_ids(body: GenerationBody, vocab_size: int) -> None:
     }
     for param, ids in named.items():
         if ids:
-            _check_ids(list(ids), vocab_size, param)
-
-
-def _check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ApiError(
-            "invalid_request",
-            f"{param} has token id {wrong}; this model's ids are 0 to {vocab_size - 1}",
-            param=param,
-        )
+            check_token_ids(list(ids), vocab_size, param)
 
 
 def _refuse_unsupported(body: GenerationBody) -> None:
     found = body.unsupported()
     if found is not None:
         raise ApiError("unsupported_parameter", found[1], param=found[0])
+
+
+def _ban(words: Sequence[str], sampling: SamplingParams, model: ServedModel) -> SamplingParams:
+    """Keep the model from words that are one token, at the beginning of a text or behind a space.
+
+    Raises: ApiError(unsupported_parameter) for a word of several tokens.
+    """
+    bias = dict(sampling.logit_bias)
+    for word in words:
+        forms = [
+            ids
+            for text in {word, " " + word.lstrip()}
+            if len(ids := model.tokenizer.encode(text, add_special_tokens=False)) == 1
+        ]
+        if not forms:
+            raise ApiError(
+                "unsupported_parameter",
+                f"bad_words: {word[:80]!r} is more than one token of this model; only words of "
+                "one token can be banned",
+                param="bad_words",
+            )
+        bias.update({ids[0]: BAN for ids in forms})
+    return msgspec.structs.replace(sampling, logit_bias=bias)

@@ -1,5 +1,5 @@
-"""Request bodies of `/v1/completions` and `/v1/chat/completions`: OpenAI's fields, vLLM's extras,
-our adapter fields.
+"""Request bodies of `/v1/completions`, and what chats share with them: OpenAI's fields, vLLM's
+extras, our adapter fields.
 
 Unknown fields are accepted and ignored (clients send many); known ones are checked. What this
 server cannot do is refused by name, never silently dropped.
@@ -7,9 +7,9 @@ server cannot do is refused by name, never silently dropped.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from loraplex.engine.api import SamplingParams
 
@@ -17,8 +17,10 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_ADAPTERS = 8
+MAX_BAD_WORDS = 256
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -63,7 +65,6 @@ class GenerationBody(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    best_of: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -76,7 +77,9 @@ class GenerationBody(BaseModel):
     ) = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Keep so many tokens of the prompt's end; -1: as many as the model takes."
+    )
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -85,8 +88,9 @@ class GenerationBody(BaseModel):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     use_beam_search: bool | None = None
-    bad_words: list[str] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
 
@@ -97,22 +101,38 @@ class GenerationBody(BaseModel):
     def _no_stop_is_none(cls, value: Any) -> Any:
         return None if value in ("", []) else value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> GenerationBody:
-        if self.adapter_id and self.adapters:
+    # Of fields that exclude each other the one that comes later is the one at fault.
+
+    @field_validator("adapters")
+    @classmethod
+    def _one_way_to_name_adapters(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("adapter_id"):
             raise ValueError("adapter_id and adapters exclude each other; send one of them")
-        if self.stream_options is not None and not self.stream:
+        return value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _options_of_a_stream(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and not info.data.get("stream"):
             raise ValueError("stream_options needs stream=true")
-        return self
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _something_stays(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("0 would leave nothing of the prompt; send at least 1, or -1")
+        return value
 
     def unsupported(self) -> tuple[str, str] | None:
         """(field, why) of the first thing asked for that this server cannot do."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            return "best_of", "best_of is not supported; use n"
         if self.use_beam_search:
             return "use_beam_search", "beam search is not supported"
-        if self.bad_words:
-            return "bad_words", "bad_words is not supported; use logit_bias"
+        if self.stream and self.prompt_logprobs is not None:
+            return (
+                "prompt_logprobs",
+                "prompt_logprobs come with whole answers only; set stream=false",
+            )
         if self.response_format is not None and self.response_format.get("type") != "text":
             return "response_format", "response_format other than text is not supported yet"
         if self.structured_outputs:
@@ -121,7 +141,13 @@ class GenerationBody(BaseModel):
 
     @property
     def num_choices(self) -> int:
+        """Choices to answer with, of each prompt."""
         return self.n or 1
+
+    @property
+    def num_sampled(self) -> int:
+        """Choices to generate, of which the best `num_choices` are kept."""
+        return self.num_choices
 
     @property
     def stop_strings(self) -> list[str]:
@@ -181,55 +207,31 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None,
+        description="Generate so many choices and keep the n with the highest log-probability.",
+    )
 
     default_max_tokens: ClassVar[int | None] = 16
 
+    @field_validator("best_of")
+    @classmethod
+    def _enough_to_choose_from(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < (info.data.get("n") or 1):
+            raise ValueError(f"best_of={value} is less than n={info.data['n']}; raise it")
+        return value
+
     def unsupported(self) -> tuple[str, str] | None:
         if self.suffix:
-            return "suffix", "suffix (insertion) is not supported"
+            return "suffix", "suffix (insertion) is not supported; put all of the text into prompt"
+        if self.stream and self.num_sampled > self.num_choices:
+            return "best_of", "best_of greater than n cannot be streamed; set stream=false"
         return super().unsupported()
+
+    @property
+    def num_sampled(self) -> int:
+        return self.best_of or self.num_choices
 
     @property
     def requested_logprobs(self) -> int | None:
         return self.logprobs
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> ChatMessage:
-        if self.content is None and not (self.model_extra or {}).get("tool_calls"):
-            raise ValueError("a message needs content")
-        return self
-
-
-class ChatBody(GenerationBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
-    reasoning_effort: str | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-
-    def unsupported(self) -> tuple[str, str] | None:
-        if self.tools and self.tool_choice != "none":
-            return "tools", "tools are not supported yet"
-        return super().unsupported()
-
-    @property
-    def requested_max_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def requested_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None

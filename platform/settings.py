@@ -146,6 +146,10 @@ class Settings(BaseSettings):
     )
 
     # the API
+    tool_format: Literal["auto", "hermes", "llama3", "mistral", "json"] = Field(
+        "auto",
+        description="How the model writes tool calls; auto goes by its chat template.",
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Key that clients must send as `Authorization: Bearer KEY`; may be given "

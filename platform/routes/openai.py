@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import JSONResponse
 
+from loraplex.platform.chat_schemas import ChatBody
 from loraplex.platform.errors import ApiError
-from loraplex.platform.openai_schemas import ChatBody, CompletionBody
+from loraplex.platform.openai_schemas import CompletionBody
 from loraplex.platform.responses import GenerationResponse
 from loraplex.platform.runtime import Runtime, runtime
 

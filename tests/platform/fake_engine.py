@@ -136,6 +136,7 @@ class FakeEngine:
         self.fail_after: int | None = None  # a request fails after so many tokens
         self.say: bytes = TEXT
         self.end_after: int | None = None  # eos after so many tokens
+        self.lengths: dict[int, int] = {}  # the same for the choice of this index
         self.seen: list[GenerationRequest] = []
         self.running: dict[str, GenerationRequest] = {}
         self.cancelled: list[str] = []
@@ -215,7 +216,8 @@ class FakeEngine:
         for i in range(count):
             if self.fail_after == i:
                 raise EngineDead("the engine process died")
-            ends = self.end_after == i and not sampling.ignore_eos
+            choice = int(request.request_id.rpartition("-")[2]) if self.lengths else 0
+            ends = self.lengths.get(choice, self.end_after) == i and not sampling.ignore_eos
             token = EOS if ends else self.say[i % len(self.say)]
             stops = token in sampling.stop_token_ids
             finish = FinishReason.STOP if ends or stops else None

@@ -77,6 +77,36 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "adapters many": {"adapters": [{"id": f"a{i}"} for i in range(9)]},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 0},
     "cache_salt": {"cache_salt": ""},
+    "best_of": {"best_of": 2, "n": 3},
+    "best_of times prompts": {"best_of": 100, "prompt": ["a", "b"]},
+    "bad_words": {"bad_words": [""]},
+    "stream_options": {"stream_options": {"include_usage": True}},
+    "request_id": {"request_id": ""},
+    "min_tokens": {"min_tokens": -1},
+}
+
+_TOOL = {"type": "function", "function": {"name": "add"}}
+BAD_CHAT_FIELDS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": []},
+    "messages role": {"messages": [{"content": "x"}]},
+    "messages nothing": {"messages": [{"role": "user"}]},
+    "messages image": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]
+    },
+    "messages call": {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+    "top_logprobs": {"top_logprobs": 3},
+    "tools": {"tools": [{"type": "function"}]},
+    "tools name": {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+    "tools kind": {"tools": [{"type": "retrieval", "function": {"name": "a"}}]},
+    "tools twice": {"tools": [_TOOL, _TOOL]},
+    "tools schema": {"tools": [{"type": "function", "function": {"name": "a", "parameters": 1}}]},
+    "tool_choice": {"tool_choice": "required"},
+    "tool_choice word": {"tools": [_TOOL], "tool_choice": "some"},
+    "tool_choice name": {
+        "tools": [_TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "sub"}},
+    },
+    "max_completion_tokens": {"max_completion_tokens": -1},
 }
 
 
@@ -88,22 +118,38 @@ async def test_a_bad_value_is_named(server: Any) -> None:
     assert server.engine.seen == []
 
 
+async def test_a_bad_value_of_a_chat_is_named(server: Any) -> None:
+    for kind, change in BAD_CHAT_FIELDS.items():
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **change}
+        answer = await server.http.post("/v1/chat/completions", json=body)
+        error = check(answer, 400, "invalid_request", kind.split()[0])
+        if kind == "messages image":
+            assert "image_url" in error["message"]
+    assert server.engine.seen == []
+
+
 async def test_what_is_not_supported_is_refused_by_name(server: Any) -> None:
     for field, value in (
         ("suffix", "end"),
-        ("best_of", 3),
         ("use_beam_search", True),
-        ("bad_words", ["x"]),
+        ("bad_words", ["two tokens"]),
         ("response_format", {"type": "json_object"}),
         ("structured_outputs", {"regex": "a"}),
     ):
         answer = await server.http.post("/v1/completions", json={"prompt": "x", field: value})
         check(answer, 400, "unsupported_parameter", field)
     messages = [{"role": "user", "content": "x"}]
-    answer = await server.http.post(
-        "/v1/chat/completions", json={"messages": messages, "tools": [{"type": "function"}]}
-    )
-    check(answer, 400, "unsupported_parameter", "tools")
+    for field, body in (
+        ("tools", {"tools": [_TOOL]}),  # the template does not know them
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("modalities", {"modalities": ["text", "audio"]}),
+        ("prompt_logprobs", {"prompt_logprobs": 1, "stream": True}),
+    ):
+        answer = await server.http.post("/v1/chat/completions", json={"messages": messages, **body})
+        check(answer, 400, "unsupported_parameter", field)
+    streamed = {"prompt": "x", "best_of": 2, "stream": True}
+    answer = await server.http.post("/v1/completions", json=streamed)
+    check(answer, 400, "unsupported_parameter", "best_of")
     for harmless in ({"suffix": ""}, {"best_of": 1}, {"response_format": {"type": "text"}}):
         answer = await server.http.post("/v1/completions", json={"prompt": "x", **harmless})
         assert answer.status_code == 200
@@ -186,7 +232,7 @@ async def test_two_ways_to_name_adapters_must_agree(server: Any) -> None:
     await server.upload("one", alpha=8)
     await server.upload("two", alpha=16)
     both = {"prompt": "x", "adapter_id": "one", "adapters": [{"id": "one"}]}
-    check(await server.http.post("/v1/completions", json=both), 400, "invalid_request")
+    check(await server.http.post("/v1/completions", json=both), 400, "invalid_request", "adapters")
     differ = {"prompt": "x", "model": "one", "adapter_id": "two"}
     answer = await server.http.post("/v1/completions", json=differ)
     check(answer, 400, "invalid_request", "adapter_id")

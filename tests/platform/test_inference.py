@@ -226,6 +226,41 @@ async def test_token_ids_on_demand(server: Any) -> None:
     assert (choice["token_ids"], choice["prompt_token_ids"]) == ([97, 98], [120])
     streamed = await events(server, "/v1/completions", max_tokens=2, return_token_ids=True)
     assert [e["choices"][0]["token_ids"] for e in streamed] == [[97], [98]]
+    assert [e["choices"][0].get("prompt_token_ids") for e in streamed] == [[120], None]
+    said = await chat(server, return_token_ids=True, prompt_logprobs=0)
+    assert said["choices"][0]["token_ids"] == [97, 98, 99]
+    assert said["prompt_token_ids"] == server.engine.seen[-1].prompt_token_ids
+    assert len(said["prompt_logprobs"]) == len(said["prompt_token_ids"])
+
+
+async def test_the_best_of_several(server: Any) -> None:
+    """The fake's log-probabilities are all -0.5: fewer tokens are likelier."""
+    server.engine.lengths = {0: 5, 1: 2, 2: 3, 3: 4}
+    answer = await complete(server, best_of=4, n=2, max_tokens=9)
+    assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, "ab"), (1, "abc")]
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 5 + 2 + 3 + 4 + 4  # with the ends
+    server.engine.lengths = {0: 3, 1: 1, 2: 2, 3: 4}
+    both = await complete(server, prompt=["a", "b"], best_of=2, logprobs=0, max_tokens=9)
+    assert [(c["index"], c["text"]) for c in both["choices"]] == [(0, "a"), (1, "ab")]
+    assert both["choices"][1]["logprobs"]["tokens"][:2] == ["a", "b"]
+
+
+async def test_bad_words_of_one_token_are_banned(server: Any) -> None:
+    await complete(server, bad_words=["a", "b"], logit_bias={"97": 5, "99": 1})
+    assert server.engine.seen[0].sampling.logit_bias == {97: -100, 98: -100, 99: 1}
+
+
+async def test_a_request_may_bring_its_own_id(server: Any) -> None:
+    assert (await complete(server, request_id="mine"))["id"] == "cmpl-mine"
+    assert (await chat(server, request_id="mine"))["id"] == "chatcmpl-mine"
+
+
+async def test_a_prompt_that_is_cut_is_echoed_as_it_runs(server: Any) -> None:
+    answer = await complete(server, prompt="abcdef", truncate_prompt_tokens=2, echo=True)
+    assert answer["choices"][0]["text"].startswith("efab")
+    await complete(server, prompt="x" * 500, truncate_prompt_tokens=-1, max_tokens=1)
+    assert len(server.engine.seen[-1].prompt_token_ids) == 127
 
 
 async def test_long_prompts_can_be_cut(server: Any) -> None:

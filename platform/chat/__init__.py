@@ -1,0 +1,1 @@
+"""What a chat model's text means: reasoning, content and tool calls."""
