@@ -2,8 +2,11 @@
 
 Torch attends 1.3-1.8 times slower over gathered pages than over one padded slab, so a sequence's
 pages are gathered once, when it first decodes, and each step's token is appended to both. The
-active slots are
-adjacent: the padded attention runs on a view. Knows nothing about adapters or rope.
+active slots are adjacent: the padded attention runs on a view. Knows nothing about adapters or
+rope.
+
+Pages are gathered layer by layer, after the step's writes to the layer: a sequence may share blocks
+that another one fills in this very step.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class DecodeStep:
     positions: Tensor  # [B] int64
     padded: int  # tokens attended, the longest context rounded up
     masks: dict[int | None, Tensor]  # additive [B, 1, 1, padded] in slot order, by window
+    new: list[tuple[int, Tensor]]  # slot, rows of the pages to gather there, [tokens] int64
 
 
 class DecodeMirror:
@@ -69,19 +73,24 @@ class DecodeMirror:
             return None
         self._settle(count)
         free = iter(sorted(set(range(count)) - {kept.slot for kept in self.sequences.values()}))
+        new = []
         for i, seq_id in enumerate(seq_ids):
             kept = self.sequences.get(seq_id)
             if kept is None:
                 kept = self.sequences[seq_id] = Mirrored(next(free), 0, [])
-                self._gather(kept.slot, batch.host_block_tables[i], lengths[i] - 1)
+                new.append((kept.slot, self._rows(batch.host_block_tables[i], lengths[i] - 1)))
             kept.length = lengths[i]
             kept.blocks = batch.host_block_tables[i][: -(-lengths[i] // self.block_size)]
-        return self._describe(batch, [self.sequences[seq_id].slot for seq_id in seq_ids])
+        return self._describe(batch, [self.sequences[seq_id].slot for seq_id in seq_ids], new)
 
     def write(self, layer: int, step: DecodeStep, k: Tensor, v: Tensor) -> None:
-        """Append the step's token of each decode. k, v: `[B, Hk, D]` in row order."""
-        for slab, new in zip(self._slabs, (k, v), strict=True):
-            slab[layer][step.slots, :, step.positions] = new
+        """Gather what is new and append the step's token of each decode. The pages have all of the
+        step's tokens. k, v: `[B, Hk, D]` in row order.
+        """
+        for slab, pages, tokens in zip(self._slabs, self.pages, (k, v), strict=True):
+            for slot, rows in step.new:
+                slab[layer, slot, :, : len(rows)] = pages[layer, rows].transpose(0, 1)
+            slab[layer][step.slots, :, step.positions] = tokens
 
     def attend(
         self, layer: int, step: DecodeStep, q: Tensor, scale: float, window: int | None
@@ -158,17 +167,17 @@ class DecodeMirror:
                     slab[:, slot, :, : kept.length] = slab[:, kept.slot, :, : kept.length]
                 kept.slot = slot
 
-    def _gather(self, slot: int, blocks: list[int], length: int) -> None:
-        if length == 0:
-            return
+    def _rows(self, blocks: list[int], length: int) -> Tensor:
+        """Where in the pages the first `length` tokens are."""
         device = self.pages[0].device
-        starts = torch.tensor(blocks[: -(-length // self.block_size)], device=device)
+        num_blocks = -(-length // self.block_size)
+        starts = torch.tensor(blocks[:num_blocks], dtype=torch.int64, device=device)
         offsets = torch.arange(self.block_size, device=device)
-        tokens = (starts[:, None] * self.block_size + offsets).flatten()[:length]
-        for slab, pages in zip(self._slabs, self.pages, strict=True):
-            slab[:, slot, :, :length] = pages[:, tokens].transpose(1, 2)
+        return (starts[:, None] * self.block_size + offsets).flatten()[:length]
 
-    def _describe(self, batch: AttentionBatch, slots: list[int]) -> DecodeStep:
+    def _describe(
+        self, batch: AttentionBatch, slots: list[int], new: list[tuple[int, Tensor]]
+    ) -> DecodeStep:
         device = self.pages[0].device
         count = len(slots)
         index = torch.tensor(slots, device=device)
@@ -180,7 +189,7 @@ class DecodeMirror:
         tokens = torch.arange(padded, device=device)
         ordered = lengths if rows is None else lengths[rows]
         mask = _additive(tokens < ordered[:, None], self.pages[0].dtype)
-        return DecodeStep(index, rows, (lengths - 1).long(), padded, {None: mask})
+        return DecodeStep(index, rows, (lengths - 1).long(), padded, {None: mask}, new)
 
     def _window(self, step: DecodeStep, window: int) -> Tensor:
         positions = step.positions if step.rows is None else step.positions[step.rows]

@@ -71,7 +71,7 @@ class TorchKVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
         """Store the step's keys and values, `[T, Hk, D]` each, at `batch.slot_mapping`."""
-        plan = self.plan(batch)  # before the write: it may gather the past
+        plan = self.plan(batch)
         self.k[layer].index_copy_(0, batch.slot_mapping, k)
         self.v[layer].index_copy_(0, batch.slot_mapping, v)
         plan.k, plan.v = k, v

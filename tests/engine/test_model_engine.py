@@ -135,6 +135,23 @@ def test_mixed_burst_then_prefix_hits(
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("adapter", [None, "all"])
+def test_blocks_are_shared_in_the_step_that_fills_them(
+    adapter: str | None,
+    backend: str,
+    make_driver: Any,
+    make_reference: Any,
+    tiny_model: Any,
+    make_prompt: Any,
+) -> None:
+    """Equal prompts at once: one computes 49 tokens, the others only the last, like a decode."""
+    driver = make_driver("llama", backend=backend, max_num_batched_tokens=64)
+    cases = [(make_prompt(49), adapter)] * 3
+    check(make_reference(tiny_model("llama")), cases, driver.tokens(cases))
+    assert driver.hosted.stats().prefix_cache_hits == 2 * 48
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_preemption_changes_nothing(
     family: str,

@@ -192,8 +192,8 @@ def test_the_mirror_gathers_a_sequence_once(monkeypatch: pytest.MonkeyPatch) -> 
     runner = Runner(TorchOps(), Shape(), torch.float32)
     assert isinstance(runner.kv, TorchKVCache)
     mirror, gathered = runner.kv.mirror, []
-    gather = mirror._gather
-    monkeypatch.setattr(mirror, "_gather", lambda *a: gathered.append(a[0]) or gather(*a))
+    rows = mirror._rows
+    monkeypatch.setattr(mirror, "_rows", lambda *a: gathered.append(a[0]) or rows(*a))
     runner.step([(0, 20), (1, 9)])
     for _ in range(5):
         runner.step([(0, 1), (1, 1)])
