@@ -8,7 +8,7 @@ engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from loraplex.adapters.store import AdapterStore, Staging
 from loraplex.engine.api import AdapterResidencyInfo
 from loraplex.engine.errors import AdapterInUse, EngineDead
 from loraplex.platform import adapter_view, uploads
+from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.finishing import finished
-from loraplex.platform.models import Adapter, AdapterVersion, utc_now
+from loraplex.platform.models import Adapter, AdapterShare, AdapterVersion, utc_now
 from loraplex.platform.names import Reference, adapter_not_found
 from loraplex.platform.registration import Registration
 from loraplex.platform.repositories import (
@@ -48,6 +49,7 @@ from loraplex.platform.schemas import (
     Freed,
 )
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.tenant_repositories import require_tenant
 
 ARCHIVE_FILE = "archive"
 MAX_RETRIES = 8
@@ -76,13 +78,13 @@ class AdapterService:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    async def get(self, text: str) -> AdapterDetail:
+    async def get(self, caller: Caller, text: str) -> AdapterDetail:
         """An adapter with all its versions. A bare name shows the newest, a split the heaviest."""
         reference = Reference.parse(text)
         if reference is None:
             raise adapter_not_found(text)
         async with self._db.read() as session:
-            adapters = AdapterRepository(session)
+            adapters = AdapterRepository(session, caller)
             if reference.is_bare:
                 adapter, row = await require_adapter(adapters, text), None
             else:
@@ -90,27 +92,28 @@ class AdapterService:
                 if not rows:
                     raise adapter_not_found(text)
                 row = max(rows, key=lambda item: item[1])[0]
-                adapter = await require_adapter(adapters, row.adapter.name)
-        return adapter_view.adapter_detail(adapter, await self.residency(), row)
+                owner = row.adapter
+                adapter = await require_adapter(adapters, f"{owner.tenant}/{owner.name}")
+        return adapter_view.adapter_detail(caller, adapter, await self.residency(), row)
 
-    async def page(self, *, limit: int, after: str, contains: str) -> AdapterList:
+    async def page(self, caller: Caller, *, limit: int, after: str, contains: str) -> AdapterList:
         """One page by name. `contains` filters by a part of the name."""
         async with self._db.read() as session:
-            rows = await AdapterRepository(session).page(
+            rows = await AdapterRepository(session, caller).page(
                 after=after, contains=contains, limit=limit + 1
             )
         resident = await self.residency()
         return AdapterList(
-            data=[adapter_view.adapter_object(row, resident) for row in rows[:limit]],
+            data=[adapter_view.adapter_object(caller, row, resident) for row in rows[:limit]],
             has_more=len(rows) > limit,
         )
 
-    async def names(self) -> list[tuple[str, int]]:
+    async def names(self, caller: Caller) -> list[tuple[str, int]]:
         """(reference, created_at in unix seconds) of every adapter that can be used, and behind it
         of its aliases.
         """
         async with self._db.read() as session:
-            adapters = AdapterRepository(session)
+            adapters = AdapterRepository(session, caller)
             rows = await adapters.names()
             aliases: dict[str, list[str]] = {}
             for name, alias in await adapters.alias_names():
@@ -137,12 +140,13 @@ class AdapterService:
     # --- registering -----------------------------------------------------------------------------
 
     async def register(
-        self, chunks: AsyncIterator[bytes], content_type: str, model: ServedModel, actor: str
+        self, caller: Caller, chunks: AsyncIterator[bytes], content_type: str, model: ServedModel
     ) -> tuple[AdapterObject, bool]:
         """Receive, check, store and register an upload. Returns the adapter and whether it is new.
 
         Raises: ApiError, AdapterRefused (with every problem found), StorageFull.
         """
+        caller.check_may_register()
         async with self.staging() as staging:
             upload = await uploads.receive_upload(
                 chunks, content_type, self._writers(staging), self._max_upload_bytes
@@ -151,16 +155,16 @@ class AdapterService:
             manifest = await asyncio.to_thread(
                 self.inspect, staging, "archive" in upload.files, model
             )
-            adapter, created = await self.admit(order, staging, manifest, model, actor)
-        return adapter_view.adapter_object(adapter, await self.residency()), created
+            adapter, created = await self.admit(caller, order, staging, manifest, model)
+        return adapter_view.adapter_object(caller, adapter, await self.residency()), created
 
     async def admit(
         self,
+        caller: Caller,
         order: Registration,
         staging: Staging,
         manifest: AdapterManifest,
         model: ServedModel,
-        actor: str,
         source: str | None = None,
     ) -> tuple[Adapter, bool]:
         """Store and register what was staged and inspected. Returns the adapter, its versions
@@ -170,7 +174,7 @@ class AdapterService:
         """
         async with self._files_lock:
             await asyncio.to_thread(self._store.commit, staging, manifest)
-            adapter, created = await self._insert(order, manifest, model, actor, source)
+            adapter, created = await self._insert(caller, order, manifest, model, source)
         self._resolver.forget()
         self._on_registered()
         return adapter, created
@@ -208,37 +212,48 @@ class AdapterService:
 
     async def _insert(
         self,
+        caller: Caller,
         order: Registration,
         manifest: AdapterManifest,
         model: ServedModel,
-        actor: str,
         source: str | None,
     ) -> tuple[Adapter, bool]:
         for _ in range(MAX_RETRIES):
             try:
-                return await self._try_insert(order, manifest, model, actor, source)
+                return await self._try_insert(caller, order, manifest, model, source)
             except IntegrityError:  # another server took the same name or version number first
                 continue
         raise ApiError("name_taken", f"adapter {order.name!r} is being changed by others; retry")
 
     async def _try_insert(
         self,
+        caller: Caller,
         order: Registration,
         manifest: AdapterManifest,
         model: ServedModel,
-        actor: str,
         source: str | None,
     ) -> tuple[Adapter, bool]:
+        caller.check_may_register(order.name)
         async with self._db.unit_of_work() as session:
-            adapters = AdapterRepository(session)
+            await require_tenant(session, caller.home)
+            adapters = AdapterRepository(session, caller)
             adapter = await adapters.get(order.name, include_deleted=True)
             if adapter is None:
-                adapter = Adapter(name=order.name, metadata_={}, versions=[], aliases=[])
+                adapter = Adapter(
+                    tenant=caller.home,
+                    name=order.name,
+                    metadata_={},
+                    versions=[],
+                    aliases=[],
+                    shares=[],
+                )
                 session.add(adapter)
                 await session.flush()
             if adapter.deleted_at is not None:
                 adapter.deleted_at, adapter.created_at = None, utc_now()
                 adapter.description, adapter.metadata_ = "", {}
+                adapter.visibility = "private"
+                adapter.shares.clear()
             newest = adapter.versions[-1] if adapter.versions else None
             created = newest is None or newest.digest != manifest.digest or newest.status != "ready"
             if order.description is not None:
@@ -262,44 +277,51 @@ class AdapterService:
                 }
                 if source is not None:
                     after["source"] = source
-                AuditRepository(session).add(actor, "adapter.register", order.name, after=after)
+                AuditRepository(session, caller.home).add(
+                    caller.actor, "adapter.register", order.name, after=after
+                )
             assert newest is not None
             await ProofRepository(session).mend(manifest.digest)
             await session.refresh(newest, ["proof"])
             if order.alias is not None:
                 AliasRepository(session).move(
-                    adapter, order.alias, {newest.version: ONLY_WEIGHT}, actor
+                    adapter, order.alias, {newest.version: ONLY_WEIGHT}, caller.actor
                 )
             await session.flush()
         return adapter, created
 
     # --- changing --------------------------------------------------------------------------------
 
-    async def patch(self, name: str, change: AdapterPatch, actor: str) -> AdapterDetail:
+    async def patch(self, caller: Caller, name: str, change: AdapterPatch) -> AdapterDetail:
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
-            before = {"description": adapter.description, "metadata": adapter.metadata_}
+            adapter = await require_own(AdapterRepository(session, caller), name)
+            before = _described(adapter)
             if change.description is not None:
                 adapter.description = change.description
             if change.metadata is not None:
                 adapter.metadata_ = change.metadata
-            after = {"description": adapter.description, "metadata": adapter.metadata_}
+            if change.visibility is not None:
+                adapter.visibility = change.visibility
+            if change.shared_with is not None:
+                _share(adapter, change.shared_with)
+            after = _described(adapter)
             if before != after:
-                AuditRepository(session).add(
-                    actor, "adapter.patch", name, before=before, after=after
+                AuditRepository(session, adapter.tenant).add(
+                    caller.actor, "adapter.patch", adapter.name, before=before, after=after
                 )
-        return await self.get(name)
+        self._resolver.forget()
+        return await self.get(caller, name)
 
     # --- removing --------------------------------------------------------------------------------
 
     async def delete(
         self,
+        caller: Caller,
         name: str,
         *,
         version: int | None,
         force: bool,
         drain_timeout_s: float | None,
-        actor: str,
     ) -> AdapterDeleted:
         """Remove one version or all of them. New requests are refused from the first moment on.
 
@@ -307,20 +329,20 @@ class AdapterService:
         are a conflict. Raises: ApiError(adapter_not_found | adapter_in_use | version_has_alias);
         then nothing has changed.
         """
-        leaving = await self._begin_delete(name, version, force)
+        leaving = await self._begin_delete(caller, name, version, force)
         try:
             freed = await self._release(leaving, force, drain_timeout_s)
         except BaseException:
             await asyncio.shield(self._set_status(leaving, "ready"))
             raise
         async with self._files_lock:
-            return await asyncio.shield(self._finish_delete(name, leaving, freed, actor))
+            return await asyncio.shield(self._finish_delete(caller, name, leaving, freed))
 
     async def _begin_delete(
-        self, name: str, version: int | None, force: bool
+        self, caller: Caller, name: str, version: int | None, force: bool
     ) -> list[AdapterVersion]:
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             leaving = [row for row in adapter.versions if version in (None, row.version)]
             if not leaving:
                 raise adapter_not_found(f"{name}@{version}", param="version")
@@ -362,10 +384,10 @@ class AdapterService:
         return freed
 
     async def _finish_delete(
-        self, name: str, leaving: list[AdapterVersion], freed: Freed, actor: str
+        self, caller: Caller, name: str, leaving: list[AdapterVersion], freed: Freed
     ) -> AdapterDeleted:
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             gone = {row.version for row in leaving}
             if all(row.version in gone for row in adapter.versions):
                 adapter.deleted_at = utc_now()
@@ -374,13 +396,13 @@ class AdapterService:
                 left = {v: weight for v, weight in alias.split.items() if v not in gone}
                 if not any(left.values()):
                     left = {}
-                AliasRepository(session).move(adapter, alias.alias, left, actor)
+                AliasRepository(session).move(adapter, alias.alias, left, caller.actor)
             await session.flush()
             await ContentRepository(session).remove_versions(row.id for row in leaving)
-            AuditRepository(session).add(
-                actor,
+            AuditRepository(session, adapter.tenant).add(
+                caller.actor,
                 "adapter.delete",
-                name,
+                adapter.name,
                 before={
                     "versions": {str(row.version): f"sha256:{row.digest}" for row in leaving},
                 },
@@ -403,16 +425,47 @@ class AdapterService:
 
 
 async def require_adapter(adapters: AdapterRepository, name: str) -> Adapter:
-    """The adapter with this id. Raises: ApiError(adapter_not_found | invalid_request)."""
+    """The adapter with this id, if the caller may see it.
+
+    Raises: ApiError(adapter_not_found | invalid_request).
+    """
     reference = Reference.parse(name)
-    if reference is not None and not reference.is_bare:
+    if reference is None:
+        raise adapter_not_found(name)
+    if not reference.is_bare:
         raise ApiError(
             "invalid_request",
             f"{name!r} refers to one version, and this is about the whole adapter; name it by its "
             "id alone",
             param="adapter_id",
         )
-    adapter = await adapters.get(name)
+    assert reference.name is not None, "a bare reference is a name"
+    adapter = await adapters.get(reference.name, owner=reference.tenant)
     if adapter is None or not adapter.versions:
         raise adapter_not_found(name)
     return adapter
+
+
+async def require_own(adapters: AdapterRepository, name: str) -> Adapter:
+    """As `require_adapter`, to be changed. Raises also: ApiError(permission_denied)."""
+    adapter = await require_adapter(adapters, name)
+    adapters.caller.check_may_change(adapter.tenant, f"adapter {name!r}")
+    return adapter
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    """What a patch can change, for the audit log."""
+    return {
+        "description": adapter.description,
+        "metadata": adapter.metadata_,
+        "visibility": adapter.visibility,
+        "shared_with": [share.tenant for share in adapter.shares],
+    }
+
+
+def _share(adapter: Adapter, tenants: Sequence[str]) -> None:
+    kept = [share for share in adapter.shares if share.tenant in tenants]
+    added = set(tenants) - {share.tenant for share in kept}
+    adapter.shares[:] = sorted(
+        [*kept, *(AdapterShare(tenant=tenant) for tenant in added)], key=lambda share: share.tenant
+    )

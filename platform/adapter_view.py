@@ -7,6 +7,7 @@ from typing import Any
 
 from loraplex.adapters.manifest import AdapterManifest
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState
+from loraplex.platform.callers import Caller
 from loraplex.platform.models import Adapter, AdapterVersion, Alias, AliasRevision
 from loraplex.platform.proof_view import proof_object, refusal
 from loraplex.platform.schemas import (
@@ -75,11 +76,16 @@ def _status(row: AdapterVersion) -> str:
     return "failed" if row.status == "ready" and refusal(row) is not None else row.status
 
 
-def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any]:
+def _object_fields(
+    caller: Caller, adapter: Adapter, row: AdapterVersion, resident: ResidencyMap
+) -> dict[str, Any]:
+    is_own = caller.may_change(adapter.tenant)
     return {
         **version_fields(row, resident),
-        "id": adapter.name,
+        "id": caller.shown(adapter.tenant, adapter.name),
         "tenant": adapter.tenant,
+        "visibility": adapter.visibility,
+        "shared_with": [share.tenant for share in adapter.shares] if is_own else [],
         "base_model": row.base_model,
         "description": adapter.description,
         "metadata": adapter.metadata_,
@@ -88,17 +94,19 @@ def _object_fields(adapter: Adapter, row: AdapterVersion, resident: ResidencyMap
 
 
 def adapter_object(
-    adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
+    caller: Caller, adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
 ) -> AdapterObject:
-    """`adapter`, its versions and aliases loaded, seen through `row` (default: the newest)."""
-    return AdapterObject(**_object_fields(adapter, row or adapter.versions[-1], resident))
+    """`adapter`, its versions, aliases and shares loaded, seen through `row` (default: the
+    newest).
+    """
+    return AdapterObject(**_object_fields(caller, adapter, row or adapter.versions[-1], resident))
 
 
 def adapter_detail(
-    adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
+    caller: Caller, adapter: Adapter, resident: ResidencyMap, row: AdapterVersion | None = None
 ) -> AdapterDetail:
     return AdapterDetail(
-        **_object_fields(adapter, row or adapter.versions[-1], resident),
+        **_object_fields(caller, adapter, row or adapter.versions[-1], resident),
         versions=[
             AdapterVersionObject(**version_fields(version, resident))
             for version in adapter.versions
@@ -106,10 +114,10 @@ def adapter_detail(
     )
 
 
-def alias_object(adapter: Adapter, alias: Alias) -> AliasObject:
+def alias_object(caller: Caller, adapter: Adapter, alias: Alias) -> AliasObject:
     split = _split(alias.split)
     return AliasObject(
-        id=adapter.name,
+        id=caller.shown(adapter.tenant, adapter.name),
         alias=alias.alias,
         revision=alias.revision,
         version=split[0].version if len(split) == 1 else None,
@@ -131,9 +139,9 @@ def _split(weights: Mapping[int, int]) -> list[WeightedVersion]:
     return [WeightedVersion(version=version, weight=weight) for version, weight in weights.items()]
 
 
-def slot(info: AdapterResidencyInfo, row: AdapterVersion | None) -> Slot:
+def slot(caller: Caller, info: AdapterResidencyInfo, row: AdapterVersion | None) -> Slot:
     return Slot(
-        id=None if row is None else row.adapter.name,
+        id=None if row is None else caller.shown(row.adapter.tenant, row.adapter.name),
         version=None if row is None else row.version,
         digest=f"sha256:{info.digest}",
         state=str(info.state),
@@ -154,11 +162,11 @@ def slot(info: AdapterResidencyInfo, row: AdapterVersion | None) -> Slot:
 
 
 def tiered_adapter(
-    row: AdapterVersion, info: AdapterResidencyInfo | None, disk_bytes: int
+    caller: Caller, row: AdapterVersion, info: AdapterResidencyInfo | None, disk_bytes: int
 ) -> TieredAdapter:
     resident = {} if info is None else {info.digest: info}
     return TieredAdapter(
-        id=row.adapter.name,
+        id=caller.shown(row.adapter.tenant, row.adapter.name),
         version=row.version,
         digest=f"sha256:{row.digest}",
         status=_status(row),  # type: ignore[arg-type]  # checked by pydantic

@@ -12,12 +12,14 @@ from loraplex.engine.api import AdapterResidencyInfo, AdapterState, MemoryInfo
 from loraplex.platform import adapter_view
 from loraplex.platform.adapter_series import AdapterLabel
 from loraplex.platform.adapter_service import AdapterService
+from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.models import AdapterVersion
 from loraplex.platform.repositories import AdapterRepository, AuditRepository
-from loraplex.platform.residency_log import ResidencyLog
-from loraplex.platform.resolution import Resolver
+from loraplex.platform.residency_log import MAX_KEPT, ResidencyLog
+from loraplex.platform.resolution import ResolvedAdapter, Resolver
+from loraplex.platform.running import RunningRequests
 from loraplex.platform.schemas import (
     AdapterRoom,
     Event,
@@ -56,19 +58,26 @@ class AdminService:
         self._store = store
         self._engine = engine
         self._adapters = adapters
+        self.running = RunningRequests()
         self.residency_log = ResidencyLog()
         engine.on_event(self.residency_log.hear)
 
-    async def slots(self) -> SlotList:
-        """Adapters on the device."""
+    async def slots(self, caller: Caller) -> SlotList:
+        """Adapters on the device: a tenant sees its own, and no totals."""
         resident = [info for info in await self._engine.adapters() if info.state in _ON_DEVICE]
         memory = await self._engine.memory()
-        names = await self._named(info.digest for info in resident)
+        names = await self._named(caller, (info.digest for info in resident))
         page = max(1, memory.adapter_page_bytes)
         free = memory.adapter_bytes_total - memory.adapter_bytes_used
         return SlotList(
-            data=[adapter_view.slot(info, names.get(info.digest)) for info in resident],
-            totals=SlotTotals(
+            data=[
+                adapter_view.slot(caller, info, names.get(info.digest))
+                for info in resident
+                if caller.is_operator or info.digest in names
+            ],
+            totals=None
+            if not caller.is_operator
+            else SlotTotals(
                 adapters=len(resident),
                 pages_total=memory.adapter_bytes_total // page,
                 pages_used=-(-memory.adapter_bytes_used // page),
@@ -79,33 +88,39 @@ class AdminService:
             ),
         )
 
-    async def tiers(self) -> TieredAdapterList:
-        """Every version of every adapter with where it is and what it takes there."""
+    async def tiers(self, caller: Caller) -> TieredAdapterList:
+        """Every version of every adapter, of a tenant its own, with where it is and what it takes
+        there.
+        """
         async with self._db.read() as session:
-            rows = await AdapterRepository(session).versions()
+            rows = await AdapterRepository(session, caller).versions()
         resident = await self._adapters.residency()
         sizes = await asyncio.to_thread(
             lambda: {digest: self._store.disk_bytes(digest) for digest in {r.digest for r in rows}}
         )
         return TieredAdapterList(
             data=[
-                adapter_view.tiered_adapter(row, resident.get(row.digest), sizes[row.digest])
+                adapter_view.tiered_adapter(
+                    caller, row, resident.get(row.digest), sizes[row.digest]
+                )
                 for row in rows
             ]
         )
 
-    async def load(self, text: str, *, wait: bool, actor: str) -> Slot:
-        adapter = await self._resolver.one(text)
+    async def load(self, caller: Caller, text: str, *, wait: bool) -> Slot:
+        adapter = await self._resolver.one(caller, text)
+        caller.check_may_change(adapter.tenant, f"adapter {adapter.name!r}")
         info = await self._engine.load(adapter.digest, wait=wait)
-        await self._record(actor, "adapter.load", adapter.reference)
-        return await self._slot(info)
+        await self._record(caller, "adapter.load", adapter)
+        return await self._slot(caller, info)
 
-    async def evict(self, text: str, order: EvictOrder, actor: str) -> Evicted:
-        adapter = await self._resolver.find(text)
+    async def evict(self, caller: Caller, text: str, order: EvictOrder) -> Evicted:
+        adapter = await self._resolver.find(caller, text)
+        caller.check_may_change(adapter.tenant, f"adapter {adapter.name!r}")
         freed = await self._engine.evict(
             adapter.digest, tier=order.tier, drain=order.drain, timeout_s=order.timeout_s
         )
-        await self._record(actor, f"adapter.evict.{order.tier}", adapter.reference)
+        await self._record(caller, f"adapter.evict.{order.tier}", adapter)
         return Evicted(
             id=adapter.name,
             version=adapter.version,
@@ -114,16 +129,16 @@ class AdminService:
             freed=Freed(device_bytes=freed.device_bytes, host_bytes=freed.host_bytes),
         )
 
-    async def pin(self, text: str, *, pinned: bool, actor: str) -> Slot:
+    async def pin(self, caller: Caller, text: str, *, pinned: bool) -> Slot:
         if pinned:
-            adapter = await self._resolver.one(text)
+            adapter = await self._resolver.one(caller, text)
             info = await self._engine.pin(adapter.digest)
         else:
-            adapter = await self._resolver.find(text)
+            adapter = await self._resolver.find(caller, text)
             info = await self._engine.unpin(adapter.digest)
         action = "adapter.pin" if pinned else "adapter.unpin"
-        await self._record(actor, action, adapter.reference)
-        return await self._slot(info)
+        await self._record(caller, action, adapter)
+        return await self._slot(caller, info)
 
     async def memory(self) -> Memory:
         info = await self._engine.memory()
@@ -157,16 +172,22 @@ class AdminService:
             explanation=_explained(info),
         )
 
-    async def transitions(self, text: str | None, limit: int) -> TransitionList:
-        """The latest changes of residency, newest first."""
-        digest = None if text is None else (await self._resolver.find(text)).digest
-        events = self.residency_log.recent(limit, digest)
-        names = await self.names(event.digest for event in events)
+    async def transitions(self, caller: Caller, text: str | None, limit: int) -> TransitionList:
+        """The latest changes of residency, newest first; a tenant sees those of its adapters."""
+        digest = None if text is None else (await self._resolver.find(caller, text)).digest
+        events = self.residency_log.recent(limit if caller.is_operator else MAX_KEPT, digest)
+        rows = await self._named(caller, (event.digest for event in events))
+        names = {
+            digest: (caller.shown(row.adapter.tenant, row.adapter.name), row.version)
+            for digest, row in rows.items()
+        }
+        if not caller.is_operator:
+            events = [event for event in events if event.digest in names][:limit]
         return TransitionList(
             data=[
                 TransitionObject(
                     id=names[event.digest][0] if event.digest in names else None,
-                    version=int(names[event.digest][1]) if event.digest in names else None,
+                    version=names[event.digest][1] if event.digest in names else None,
                     digest=f"sha256:{event.digest}",
                     at=event.time,
                     before=str(event.before),
@@ -180,9 +201,12 @@ class AdminService:
             ]
         )
 
-    async def requests(self) -> RequestList:
+    async def requests(self, caller: Caller) -> RequestList:
+        """Running and waiting sequences; a tenant sees those that its own keys began."""
         infos = await self._engine.requests()
-        names = await self._named(digest for info in infos for digest in info.digests)
+        if not caller.is_operator:
+            infos = [info for info in infos if self.running.is_of(info.request_id, caller)]
+        names = await self._named(caller, (digest for info in infos for digest in info.digests))
         return RequestList(
             data=[
                 RequestObject(
@@ -190,7 +214,8 @@ class AdminService:
                     state=info.state,
                     waiting_reason=info.waiting_reason,
                     adapters=[
-                        f"{names[d].adapter.name}@{names[d].version}"
+                        f"{caller.shown(names[d].adapter.tenant, names[d].adapter.name)}"
+                        f"@{names[d].version}"
                         for d in info.digests
                         if d in names
                     ],
@@ -203,14 +228,16 @@ class AdminService:
             ]
         )
 
-    async def events(self, *, after: int, limit: int) -> EventList:
+    async def events(self, caller: Caller, *, after: int, limit: int) -> EventList:
+        """The audit log, of a tenant its own."""
         async with self._db.read() as session:
-            rows = await AuditRepository(session).page(after=after, limit=limit + 1)
+            rows = await AuditRepository(session, caller.tenant).page(after=after, limit=limit + 1)
         return EventList(
             data=[
                 Event(
                     id=row.id,
                     at=int(row.at.timestamp()),
+                    tenant=row.tenant,
                     actor=row.actor,
                     action=row.action,
                     subject=row.subject,
@@ -223,26 +250,30 @@ class AdminService:
         )
 
     async def names(self, digests: Iterable[str]) -> dict[str, AdapterLabel]:
-        """digest -> adapter id and version, of those that still have one."""
+        """digest -> adapter and version as an operator calls them, of those that still have one."""
+        operator = Caller()
         return {
-            digest: (row.adapter.name, str(row.version))
-            for digest, row in (await self._named(digests)).items()
+            digest: (operator.shown(row.adapter.tenant, row.adapter.name), str(row.version))
+            for digest, row in (await self._named(operator, digests)).items()
         }
 
-    async def _named(self, digests: Iterable[str]) -> dict[str, AdapterVersion]:
+    async def _named(self, caller: Caller, digests: Iterable[str]) -> dict[str, AdapterVersion]:
         wanted = set(digests)
         if not wanted:
             return {}
         async with self._db.read() as session:
-            return await AdapterRepository(session).named(wanted)
+            return await AdapterRepository(session, caller).named(wanted)
 
-    async def _slot(self, info: AdapterResidencyInfo) -> Slot:
-        names = await self._named([info.digest])
-        return adapter_view.slot(info, names.get(info.digest))
+    async def _slot(self, caller: Caller, info: AdapterResidencyInfo) -> Slot:
+        names = await self._named(caller, [info.digest])
+        return adapter_view.slot(caller, info, names.get(info.digest))
 
-    async def _record(self, actor: str, action: str, subject: str) -> None:
+    async def _record(self, caller: Caller, action: str, adapter: ResolvedAdapter) -> None:
+        name = adapter.name.rpartition("/")[2]
         async with self._db.unit_of_work() as session:
-            AuditRepository(session).add(actor, action, subject)
+            AuditRepository(session, adapter.tenant).add(
+                caller.actor, action, f"{name}@{adapter.version}"
+            )
 
 
 def _explained(info: MemoryInfo) -> list[MemoryPurpose]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loraplex.platform import adapter_view
-from loraplex.platform.adapter_service import require_adapter
+from loraplex.platform.adapter_service import require_adapter, require_own
+from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.errors import ApiError
 from loraplex.platform.models import Adapter, Alias, AliasRevision
@@ -33,40 +34,42 @@ class AliasService:
         self._db = db
         self._resolver = resolver
 
-    async def list(self, name: str) -> AliasList:
+    async def list(self, caller: Caller, name: str) -> AliasList:
         async with self._db.read() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_adapter(AdapterRepository(session, caller), name)
         rows = (row for row in adapter.aliases if row.targets)
-        return AliasList(data=[adapter_view.alias_object(adapter, row) for row in rows])
+        return AliasList(data=[adapter_view.alias_object(caller, adapter, row) for row in rows])
 
-    async def get(self, name: str, alias: str) -> AliasObject:
+    async def get(self, caller: Caller, name: str, alias: str) -> AliasObject:
         async with self._db.read() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
-        return adapter_view.alias_object(adapter, _find(adapter, alias))
+            adapter = await require_adapter(AdapterRepository(session, caller), name)
+        return adapter_view.alias_object(caller, adapter, _find(adapter, alias))
 
-    async def set(self, name: str, alias: str, order: AliasOrder, actor: str) -> AliasObject:
+    async def set(self, caller: Caller, name: str, alias: str, order: AliasOrder) -> AliasObject:
         """Raises: ApiError(invalid_request | adapter_not_found | adapter_not_ready)."""
         check_alias(alias)
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             param = "version" if order.version is not None else "split"
             _check(adapter, order.weights, param)
-            row = AliasRepository(session).move(adapter, alias, order.weights, actor)
+            row = AliasRepository(session).move(adapter, alias, order.weights, caller.actor)
         self._resolver.forget()
-        return adapter_view.alias_object(adapter, row)
+        return adapter_view.alias_object(caller, adapter, row)
 
-    async def delete(self, name: str, alias: str, actor: str) -> None:
+    async def delete(self, caller: Caller, name: str, alias: str) -> None:
         """Raises: ApiError(adapter_not_found | alias_not_found)."""
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             _find(adapter, alias)
-            AliasRepository(session).move(adapter, alias, {}, actor)
+            AliasRepository(session).move(adapter, alias, {}, caller.actor)
         self._resolver.forget()
 
-    async def history(self, name: str, alias: str, *, before: int, limit: int) -> AliasHistory:
+    async def history(
+        self, caller: Caller, name: str, alias: str, *, before: int, limit: int
+    ) -> AliasHistory:
         """Newest first, also of an alias that was deleted."""
         async with self._db.read() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_adapter(AdapterRepository(session, caller), name)
             row = _find(adapter, alias, deleted_too=True)
             found = await AliasRepository(session).history(row, before=before, limit=limit + 1)
         return AliasHistory(
@@ -75,7 +78,7 @@ class AliasService:
         )
 
     async def rollback(
-        self, name: str, alias: str, revision: int | None, actor: str
+        self, caller: Caller, name: str, alias: str, revision: int | None
     ) -> AliasObject:
         """Let an alias mean again what it meant at `revision`; without one, before what it means
         now. That is a revision of its own: nothing of the history is lost.
@@ -84,16 +87,16 @@ class AliasService:
         rollback_impossible).
         """
         async with self._db.unit_of_work() as session:
-            adapter = await require_adapter(AdapterRepository(session), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             aliases = AliasRepository(session)
             row = _find(adapter, alias, deleted_too=True)
             target = await _target(aliases, row, revision)
             split = {item["version"]: item["weight"] for item in target.split}
             _check(adapter, split, "revision")
             restores = target.restores or target.revision
-            aliases.move(adapter, alias, split, actor, restores=restores)
+            aliases.move(adapter, alias, split, caller.actor, restores=restores)
         self._resolver.forget()
-        return adapter_view.alias_object(adapter, row)
+        return adapter_view.alias_object(caller, adapter, row)
 
 
 async def _target(aliases: AliasRepository, alias: Alias, revision: int | None) -> AliasRevision:

@@ -27,17 +27,18 @@ from loraplex.platform import errors
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
 from loraplex.platform.alias_service import AliasService
-from loraplex.platform.auth import ApiKeyMiddleware
+from loraplex.platform.auth import AuthMiddleware
 from loraplex.platform.body_limit import BodyLimitMiddleware
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
+from loraplex.platform.keys import KeyRing
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
-from loraplex.platform.routes import adapters, admin, aliases, health, openai, pulls
+from loraplex.platform.routes import adapters, admin, aliases, health, openai, pulls, tenants
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
@@ -47,6 +48,7 @@ from loraplex.platform.sources.parsing import Sources
 from loraplex.platform.sources.pulled_adapters import PulledAdapters
 from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.sources.watcher import Watcher
+from loraplex.platform.tenant_service import TenantService
 from loraplex.platform.usage import UsageMeter
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def create_app(
         store = await asyncio.to_thread(AdapterStore, settings.adapter_dir.absolute())
         db = await Database.open(settings.effective_database_url)
         await reconcile_files(db, store)
+        keys = KeyRing(db, [key.get_secret_value() for key in settings.api_key])
         resolver = Resolver(db)
         proofs = ProofService(db, store, serving, resolver)
         service = AdapterService(
@@ -103,6 +106,8 @@ def create_app(
             engine=serving,
             db=db,
             store=store,
+            keys=keys,
+            tenants=TenantService(db, keys.forget),
             resolver=resolver,
             adapters=service,
             proofs=proofs,
@@ -144,12 +149,12 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
         middleware=[
-            Middleware(ApiKeyMiddleware, keys=[key.get_secret_value() for key in settings.api_key]),
+            Middleware(AuthMiddleware),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (pulls, adapters, aliases, admin, openai, health):
+    for routes in (pulls, adapters, aliases, admin, tenants, openai, health):
         app.include_router(routes.router)
     return app
 
@@ -255,7 +260,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = f"there is no {request.url.path}; /docs lists what there is"
+        message = errors.no_such_route(request.url.path).message
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("allow", "")
         message = f"{request.method} is not allowed on {request.url.path}; allowed: {allowed}"

@@ -1,59 +1,53 @@
-"""Who may call: optional API keys as `Authorization: Bearer`, compared in constant time. Pure ASGI.
+"""Lets a request in: whose key it is (`keys.py`), and whether that may call this route
+(`access.py`). Pure ASGI, before any body is read.
 
-Open without a key, for probes, scrapers and people reading the docs: /healthz /readyz /metrics
-/version /docs /openapi.json. They tell nothing of prompts; whoever wants them closed puts a proxy
-in front.
+Sets `scope["state"]["caller"]`. Without any key everybody is an operator, called anonymous.
 """
 
 from __future__ import annotations
-
-import hashlib
-import hmac
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex.platform import errors
+from loraplex.platform import access, errors
+from loraplex.platform.callers import Caller
+from loraplex.platform.errors import ApiError
+from loraplex.platform.keys import KeyRing
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics", "/version", "/docs", "/openapi.json"})
-ANONYMOUS = "anonymous"
 
-
-class ApiKeyMiddleware:
-    """Sets `scope["state"]["actor"]`, whom the audit log names: anonymous without keys."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+class AuthMiddleware:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._keys = [(_hash(key), f"key:{_hash(key).hex()[:8]}") for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        actor: str | None = ANONYMOUS
-        if self._keys and scope["path"] not in OPEN_PATHS:
-            actor = self._actor(Headers(scope=scope).get("authorization", ""))
-        if actor is None:
-            message = "a valid API key is needed: send it as `Authorization: Bearer KEY`"
-            response = JSONResponse(
-                errors.body(401, "invalid_api_key", message),
-                401,
-                headers=errors.headers(401, "invalid_api_key"),
-            )
-            await response(scope, receive, send)
+        try:
+            caller = await _admitted(scope)
+        except ApiError as error:
+            body = errors.body(error.status, error.code, error.message)
+            headers = errors.headers(error.status, error.code)
+            await JSONResponse(body, error.status, headers=headers)(scope, receive, send)
             return
-        scope.setdefault("state", {})["actor"] = actor
+        scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 
-    def _actor(self, header: str) -> str | None:
-        scheme, _, key = header.partition(" ")
-        given = _hash(key.strip())
-        # Every key is compared, and digests at that: the time says nothing about any of them.
-        matches = [actor for known, actor in self._keys if hmac.compare_digest(known, given)]
-        return matches[0] if matches and scheme.lower() == "bearer" else None
 
-
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+async def _admitted(scope: Scope) -> Caller:
+    """Raises: ApiError(invalid_api_key | permission_denied | not_found)."""
+    rule = access.rule_of(scope["method"], scope["path"])
+    if rule.open:
+        return Caller(scopes=frozenset())
+    headers = Headers(scope=scope)
+    keys: KeyRing = scope["app"].state.runtime.keys
+    caller = await keys.caller(headers.get("authorization", ""), headers.get("x-tenant", ""))
+    if rule.admits(caller):
+        return caller
+    if rule is access.UNKNOWN:
+        raise errors.no_such_route(scope["path"])
+    if rule.operator and not caller.is_operator:
+        raise ApiError("permission_denied", "this takes an operator's key, without a tenant")
+    needed = " or ".join(sorted(rule.scopes))
+    raise ApiError("permission_denied", f"this API key lacks the scope it takes: {needed}")

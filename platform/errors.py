@@ -19,12 +19,15 @@ STATUS: Mapping[str, int] = {
     "unsupported_parameter": 400,
     "context_length_exceeded": 400,
     "invalid_api_key": 401,
+    "permission_denied": 403,
     "source_not_allowed": 403,
     "adapter_not_found": 404,
     "adapter_deleted": 404,
     "alias_not_found": 404,
     "model_not_found": 404,
     "not_found": 404,
+    "key_not_found": 404,
+    "tenant_not_found": 404,
     "method_not_allowed": 405,
     "alias_is_split": 409,
     "adapter_in_use": 409,
@@ -62,6 +65,7 @@ RETRY_AFTER_S: Mapping[str, int] = {"queue_full": 1, "engine_unavailable": 2, "m
 _CODE_OF_STATUS = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "permission_denied",
     404: "not_found",
     405: "method_not_allowed",
     413: "content_too_large",
@@ -107,6 +111,10 @@ class ApiError(Exception):
     @property
     def status(self) -> int:
         return STATUS[self.code]
+
+
+def no_such_route(path: str) -> ApiError:
+    return ApiError("not_found", f"there is no {path}; /docs lists what there is")
 
 
 def status_of(error: engine_errors.EngineError) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.platform.callers import Caller
 from loraplex.platform.chat.parsing import Parsing
 from loraplex.platform.chat.tool_formats import FormatName
 from loraplex.platform.chat_prompt import find_parsing, marks_are_special, render_chat
@@ -63,8 +64,9 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A generation ready to run, and how to write what comes of it."""
+    """A generation ready to run, for whom, and how to write what comes of it."""
 
+    caller: Caller
     answer: Answer
     generation: Generation
     composition: Composition
@@ -84,11 +86,15 @@ class InferenceService:
         self._tool_format = tool_format
 
     async def prepare_completion(
-        self, body: CompletionBody, model: ServedModel, sticky_key: str | None = None
+        self,
+        body: CompletionBody,
+        model: ServedModel,
+        caller: Caller,
+        sticky_key: str | None = None,
     ) -> Prepared:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
-        name, composition = await self._composition(body, model, sticky_key)
+        name, composition = await self._composition(body, model, caller, sticky_key)
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [
             fit(prompt, body.truncate_prompt_tokens, model, "prompt")
@@ -108,6 +114,7 @@ class InferenceService:
             "completion",
             body,
             model,
+            caller,
             name,
             composition,
             prompts,
@@ -116,13 +123,17 @@ class InferenceService:
         )
 
     async def prepare_chat(
-        self, body: ChatBody, model: ServedModel, sticky_key: str | None = None
+        self,
+        body: ChatBody,
+        model: ServedModel,
+        caller: Caller,
+        sticky_key: str | None = None,
     ) -> Prepared:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
-        name, composition = await self._composition(body, model, sticky_key)
+        name, composition = await self._composition(body, model, caller, sticky_key)
         text = await render_chat(body, model)
         prompt = await encode_text(text, model, bool(body.add_special_tokens), param="messages")
         prompt = fit(prompt, body.truncate_prompt_tokens, model, "messages")
@@ -131,7 +142,7 @@ class InferenceService:
             echo = (body.messages[-1].text,) * body.num_choices
         parsing = find_parsing(body, text, model, self._tool_format)
         return self._prepared(
-            "chat", body, model, name, composition, [prompt], echo=echo, parsing=parsing
+            "chat", body, model, caller, name, composition, [prompt], echo=echo, parsing=parsing
         )
 
     def _prepared(
@@ -139,6 +150,7 @@ class InferenceService:
         kind: Kind,
         body: GenerationBody,
         model: ServedModel,
+        caller: Caller,
         name: str,
         composition: Composition,
         prompts: Sequence[Prompt],
@@ -214,6 +226,7 @@ class InferenceService:
             parsing=parsing,
         )
         return Prepared(
+            caller,
             answer,
             Generation(self._engine, choices),
             composition,
@@ -223,7 +236,7 @@ class InferenceService:
         )
 
     async def _composition(
-        self, body: GenerationBody, model: ServedModel, sticky_key: str | None
+        self, body: GenerationBody, model: ServedModel, caller: Caller, sticky_key: str | None
     ) -> tuple[str, Composition]:
         """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters`
         mean together. What they mean is decided here, once for the whole request.
@@ -231,7 +244,7 @@ class InferenceService:
         key = sticky_key or body.user or uuid.uuid4().hex
         by_model = None
         if body.model and body.model not in (model.name, model.info.name):
-            by_model = await self._by_model(body.model, key)
+            by_model = await self._by_model(caller, body.model, key)
         if body.adapters:
             members = [(item.id, item.weight) for item in body.adapters]
             param = "adapters"
@@ -239,7 +252,7 @@ class InferenceService:
             members = [(body.adapter_id, 1.0)] if body.adapter_id else []
             param = "adapter_id"
         resolved = [
-            (await self._resolver.choose(text, key, param=param), weight)
+            (await self._resolver.choose(caller, text, key, param=param), weight)
             for text, weight in members
         ]
         if by_model is not None:
@@ -259,9 +272,9 @@ class InferenceService:
             )
         return body.model or model.name, Composition(tuple(resolved))
 
-    async def _by_model(self, text: str, key: str) -> ResolvedAdapter:
+    async def _by_model(self, caller: Caller, text: str, key: str) -> ResolvedAdapter:
         try:
-            return await self._resolver.choose(text, key, param="model")
+            return await self._resolver.choose(caller, text, key, param="model")
         except ApiError as error:
             if error.code == "adapter_not_found" and not set(text) & {"@", ":"}:
                 raise ApiError(

@@ -64,11 +64,51 @@ class Base(DeclarativeBase):
         float: Double(),
         dict[str, Any]: JSON(none_as_null=True),
         list[dict[str, int]]: JSON(),
+        list[str]: JSON(none_as_null=True),
     }
 
 
+class Tenant(Base):
+    """Who owns adapters and keys. `limits` holds what is limited, see `platform/limits.py`."""
+
+    __tablename__ = "tenant"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    description: Mapped[str] = mapped_column(Text, default="")
+    limits: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    changed_at: Mapped[datetime] = mapped_column(default=utc_now)
+    disabled_at: Mapped[datetime | None]  # its keys are refused meanwhile
+
+
+class ApiKey(Base):
+    """A key of a tenant, or of an operator (no tenant). Rows stay when the key is revoked: they say
+    whose an audit event or a usage row was, and that this server is not open to everybody.
+
+    Only `hash`, the sha256 of the whole key, is kept. The key is 256 random bits, so a slow hash
+    would protect nothing more. `id` is the part of the key that may be seen.
+    """
+
+    __tablename__ = "api_key"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    hash: Mapped[str] = mapped_column(String(64))
+    tenant: Mapped[str | None] = mapped_column(ForeignKey("tenant.name"))
+    name: Mapped[str] = mapped_column(String(128), default="")
+    scopes: Mapped[list[str]]
+    adapters: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))  # None = all
+    limits: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+    changed_at: Mapped[datetime] = mapped_column(default=utc_now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
 class Adapter(Base):
-    """One name of one tenant. `deleted_at` keeps the version counter of a deleted name."""
+    """One name of one tenant. `deleted_at` keeps the version counter of a deleted name.
+
+    `visibility`: private (its tenant's), shared (with those in `shares` too) or public.
+    """
 
     __tablename__ = "adapter"
     __table_args__ = (UniqueConstraint("tenant", "name"),)
@@ -78,6 +118,7 @@ class Adapter(Base):
     name: Mapped[str] = mapped_column(String(128))
     description: Mapped[str] = mapped_column(Text, default="")
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    visibility: Mapped[str] = mapped_column(String(16), default="private", server_default="private")
     next_version: Mapped[int] = mapped_column(default=1)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     deleted_at: Mapped[datetime | None]
@@ -92,6 +133,26 @@ class Adapter(Base):
     aliases: Mapped[list[Alias]] = relationship(
         order_by="Alias.alias", lazy="raise", cascade="all, delete-orphan", passive_deletes=True
     )
+    shares: Mapped[list[AdapterShare]] = relationship(
+        order_by="AdapterShare.tenant",
+        lazy="raise",
+        cascade="all, delete-orphan",
+        passive_deletes=True,
+    )
+
+
+class AdapterShare(Base):
+    """One tenant that a shared adapter of another one is shared with.
+
+    It need not exist (no foreign key): whoever shares must not learn who else is here.
+    """
+
+    __tablename__ = "adapter_share"
+
+    adapter_id: Mapped[int] = mapped_column(
+        ForeignKey("adapter.id", ondelete="CASCADE"), primary_key=True
+    )
+    tenant: Mapped[str] = mapped_column(String(128), primary_key=True)
 
 
 class AdapterVersion(Base):
@@ -280,3 +341,25 @@ class AuditEvent(Base):
     subject: Mapped[str] = mapped_column(String(256))
     before: Mapped[dict[str, Any] | None]
     after: Mapped[dict[str, Any] | None]
+
+
+class UsageHour(Base):
+    """What one tenant's key used of one composition in one hour, in UTC.
+
+    `adapter`: `sql@3`, several joined by `+`, empty for the base model; another tenant's is
+    `tenant/sql@3`. `key_id` is empty without keys.
+    """
+
+    __tablename__ = "usage_hour"
+    __table_args__ = (UniqueConstraint("hour", "tenant", "key_id", "adapter"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    hour: Mapped[datetime]
+    tenant: Mapped[str] = mapped_column(String(128))
+    key_id: Mapped[str] = mapped_column(String(32))
+    adapter: Mapped[str] = mapped_column(String(1024))
+    requests: Mapped[int] = mapped_column(BigInteger, default=0)
+    failures: Mapped[int] = mapped_column(BigInteger, default=0)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    generated_tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    seconds: Mapped[float] = mapped_column(default=0.0)

@@ -2,6 +2,7 @@
 
 `sql@3` (that version), `sql:prod` (an alias), `sha256:<64 hex>` (exactly this content), `sql`
 (the alias `default` if somebody made one, else the newest version), `sql:latest` (the newest).
+Those are one's own tenant's; `acme/sql`, `acme/sql@3`... are tenant acme's.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ LATEST_ALIAS = "latest"  # always the newest version; nobody can set it
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _REFERENCE = re.compile(
-    rf"(?P<name>{NAME.pattern})(?:@(?P<version>[1-9][0-9]{{0,8}})|:(?P<alias>{NAME.pattern}))?"
+    rf"(?:(?P<tenant>{NAME.pattern})/)?(?P<name>{NAME.pattern})(?:@(?P<version>[1-9][0-9]{{0,8}})|:(?P<alias>{NAME.pattern}))?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Exactly one of `digest` and `name` is set; at most one of `version` and `alias`."""
+    """Exactly one of `digest` and `name` is set; at most one of `version` and `alias`. `tenant`
+    None: the caller's own.
+    """
 
     name: str | None = None
     version: int | None = None
     alias: str | None = None
     digest: str | None = None
+    tenant: str | None = None
 
     @property
     def is_bare(self) -> bool:
@@ -43,7 +47,10 @@ class Reference:
         if found := _REFERENCE.fullmatch(text):
             version = found["version"]
             return cls(
-                name=found["name"], version=int(version) if version else None, alias=found["alias"]
+                name=found["name"],
+                version=int(version) if version else None,
+                alias=found["alias"],
+                tenant=found["tenant"],
             )
         return None
 

@@ -19,6 +19,7 @@ from loraplex.adapters.errors import AdapterCorrupt, AdapterNotFound
 from loraplex.adapters.store import AdapterStore
 from loraplex.engine.api import AdapterProbe, AdapterState
 from loraplex.engine.errors import EngineDead, EngineError
+from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.models import Proof, utc_now
@@ -105,12 +106,16 @@ class ProofService:
         async with self._db.read() as session:
             return await ProofRepository(session).counts()
 
-    async def verify(self, text: str, *, accept: bool, actor: str) -> Verification:
+    async def verify(self, caller: Caller, text: str, *, accept: bool) -> Verification:
         """Hash the files again and probe again. accept: serve it even if the probe disagrees.
 
-        Raises: ApiError(adapter_not_found | alias_is_split); EngineError if it cannot be probed.
+        Raises: ApiError(adapter_not_found | alias_is_split | permission_denied); EngineError if it
+        cannot be probed.
         """
-        adapter = await self._resolver.find(text)
+        if accept:
+            caller.check_operator("serving an adapter whose probe disagrees")
+        adapter = await self._resolver.find(caller, text)
+        caller.check_may_change(adapter.tenant, f"adapter {adapter.name!r}")
         digest = adapter.digest
         damage = await asyncio.to_thread(self._damage, digest)
         probe = None
@@ -119,7 +124,7 @@ class ProofService:
                 probe = await self._engine.probe(digest, timeout_s=VERIFY_TIMEOUT_S)
         else:
             await self._unload(digest)
-        proof = await self._record(digest, probe, damage=damage, accept=accept, actor=actor)
+        proof = await self._record(digest, probe, damage=damage, accept=accept, actor=caller.actor)
         if proof is None:  # deleted meanwhile
             raise adapter_not_found(text)
         return Verification(

@@ -1,5 +1,5 @@
-"""Every query of the registry, always within one tenant. Sessions come in, rows go out; nobody
-commits here.
+"""Every query of adapters, always within what the caller may see. Sessions come in, rows go out;
+nobody commits here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, s
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import contains_eager, selectinload
 
+from loraplex.platform.callers import Caller
 from loraplex.platform.models import (
-    DEFAULT_TENANT,
     Adapter,
+    AdapterShare,
     AdapterVersion,
     Alias,
     AliasRevision,
@@ -45,33 +46,62 @@ _USABLE = and_(
 _VERSIONS_AND_ALIASES = (
     selectinload(Adapter.versions),
     selectinload(Adapter.aliases).selectinload(Alias.targets),
+    selectinload(Adapter.shares),
 )
 
 
+def _visible(caller: Caller) -> ColumnElement[bool]:
+    """Adapters that a caller may see: an operator all, a tenant its own and those it was given, a
+    key with a list those on it.
+    """
+    seen: list[ColumnElement[bool]] = [_LIVE]
+    if caller.tenant is not None:
+        given = exists().where(
+            AdapterShare.adapter_id == Adapter.id, AdapterShare.tenant == caller.tenant
+        )
+        seen.append(
+            or_(
+                Adapter.tenant == caller.tenant,
+                Adapter.visibility == "public",
+                and_(Adapter.visibility == "shared", given),
+            )
+        )
+    if caller.adapters is not None:
+        seen.append((Adapter.tenant + "/" + Adapter.name).in_(caller.adapters))
+    return and_(*seen)
+
+
 class AdapterRepository:
-    """Adapters, versions and aliases of one tenant."""
+    """Adapters, versions and aliases, as far as the caller may see them."""
 
-    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+    def __init__(self, session: AsyncSession, caller: Caller) -> None:
         self._session = session
-        self._tenant = tenant
+        self.caller = caller
+        self._seen = _visible(caller)
 
-    async def get(self, name: str, *, include_deleted: bool = False) -> Adapter | None:
-        """With its versions and aliases. A deleted one (no versions) only on demand."""
+    async def get(
+        self, name: str, *, owner: str | None = None, include_deleted: bool = False
+    ) -> Adapter | None:
+        """With its versions, aliases and shares. owner: None = the caller's home. A deleted one (no
+        versions) only on demand.
+        """
         query = (
             select(Adapter)
-            .where(Adapter.tenant == self._tenant, Adapter.name == name)
+            .where(Adapter.tenant == (owner or self.caller.home), Adapter.name == name)
             .options(*_VERSIONS_AND_ALIASES)
         )
         if not include_deleted:
-            query = query.where(_LIVE)
+            query = query.where(self._seen)
         found: Adapter | None = await self._session.scalar(query)
         return found
 
     async def page(self, *, after: str, contains: str, limit: int) -> Sequence[Adapter]:
-        """By name, strictly after `after`, at most `limit`, with versions and aliases."""
+        """The home's by name, strictly after `after`, at most `limit`, with versions, aliases and
+        shares.
+        """
         query = (
             select(Adapter)
-            .where(Adapter.tenant == self._tenant, _LIVE, Adapter.name > after)
+            .where(Adapter.tenant == self.caller.home, self._seen, Adapter.name > after)
             .options(*_VERSIONS_AND_ALIASES)
             .order_by(Adapter.name)
             .limit(limit)
@@ -81,19 +111,22 @@ class AdapterRepository:
         return (await self._session.scalars(query)).all()
 
     async def names(self) -> Sequence[tuple[str, datetime]]:
-        """(name, created_at) of every adapter that has a version to be used, by name."""
+        """(name as the caller says it, created_at) of every adapter that has a version to be used;
+        the home's first, by name.
+        """
         usable = exists().where(AdapterVersion.adapter_id == Adapter.id, _USABLE)
         query = (
-            select(Adapter.name, Adapter.created_at)
-            .where(Adapter.tenant == self._tenant, _LIVE, usable)
-            .order_by(Adapter.name)
+            select(Adapter.tenant, Adapter.name, Adapter.created_at)
+            .where(self._seen, usable)
+            .order_by(Adapter.tenant != self.caller.home, Adapter.tenant, Adapter.name)
         )
-        return [(row[0], row[1]) for row in await self._session.execute(query)]
+        rows = await self._session.execute(query)
+        return [(self.caller.shown(row[0], row[1]), row[2]) for row in rows]
 
     async def alias_names(self) -> Sequence[tuple[str, str]]:
-        """(name, alias) of every alias that leads to a version to be used, by both."""
+        """(name as the caller says it, alias) of every alias that leads to a version to be used."""
         query = (
-            select(Adapter.name, Alias.alias)
+            select(Adapter.tenant, Adapter.name, Alias.alias)
             .distinct()
             .select_from(Alias)
             .join(Adapter, Adapter.id == Alias.adapter_id)
@@ -103,10 +136,11 @@ class AdapterRepository:
                 (AdapterVersion.adapter_id == AliasTarget.adapter_id)
                 & (AdapterVersion.version == AliasTarget.version),
             )
-            .where(Adapter.tenant == self._tenant, _LIVE, _USABLE)
-            .order_by(Adapter.name, Alias.alias)
+            .where(self._seen, _USABLE)
+            .order_by(Adapter.tenant, Adapter.name, Alias.alias)
         )
-        return [(row[0], row[1]) for row in await self._session.execute(query)]
+        rows = await self._session.execute(query)
+        return [(self.caller.shown(row[0], row[1]), row[2]) for row in rows]
 
     async def resolve(
         self, reference: Reference, *, include_draining: bool = False
@@ -118,13 +152,13 @@ class AdapterRepository:
         """
         if reference.name is not None and reference.version is None:
             alias = reference.alias or DEFAULT_ALIAS
-            found = await self._targets(reference.name, alias, include_draining)
+            found = await self._targets(reference, alias, include_draining)
             if found or reference.alias not in (None, LATEST_ALIAS):
                 return found
         return await self._single(reference, include_draining)
 
     async def _targets(
-        self, name: str, alias: str, include_draining: bool
+        self, reference: Reference, alias: str, include_draining: bool
     ) -> list[tuple[AdapterVersion, int]]:
         query = (
             self._usable(include_draining)
@@ -135,7 +169,7 @@ class AdapterRepository:
                 & (AliasTarget.version == AdapterVersion.version),
             )
             .join(Alias, Alias.id == AliasTarget.alias_id)
-            .where(Adapter.name == name, Alias.alias == alias, AliasTarget.weight > 0)
+            .where(self._is(reference), Alias.alias == alias, AliasTarget.weight > 0)
         )
         return [(row, weight) for row, weight in await self._session.execute(query)]
 
@@ -146,51 +180,64 @@ class AdapterRepository:
         if reference.digest is not None:
             query = query.where(AdapterVersion.digest == reference.digest)
         else:
-            query = query.where(Adapter.name == reference.name)
+            query = query.where(self._is(reference))
         if reference.version is not None:
             query = query.where(AdapterVersion.version == reference.version)
         return [(row, 1) for row in await self._session.scalars(query)]
 
+    def _is(self, reference: Reference) -> ColumnElement[bool]:
+        owner = reference.tenant or self.caller.home
+        return and_(Adapter.tenant == owner, Adapter.name == reference.name)
+
     def _usable(self, include_draining: bool) -> Select[Any]:
-        """Versions with their adapters, newest first."""
+        """Versions with their adapters, the home's before others', newest first."""
         query = (
             select(AdapterVersion)
             .join(AdapterVersion.adapter)
-            .where(Adapter.tenant == self._tenant, _LIVE)
+            .where(self._seen)
             .options(contains_eager(AdapterVersion.adapter))
-            .order_by(AdapterVersion.version.desc(), AdapterVersion.id)
+            .order_by(
+                Adapter.tenant != self.caller.home,
+                AdapterVersion.version.desc(),
+                AdapterVersion.id,
+            )
         )
         return query if include_draining else query.where(AdapterVersion.status != "draining")
 
     async def versions(self) -> Sequence[AdapterVersion]:
-        """Every version of every adapter, with its adapter, by name and version."""
+        """Every version of every adapter that is the caller's own (an operator's: all), with its
+        adapter, by name and version.
+        """
         query = (
             select(AdapterVersion)
             .join(AdapterVersion.adapter)
-            .where(Adapter.tenant == self._tenant, _LIVE)
+            .where(self._seen, *self._own())
             .options(contains_eager(AdapterVersion.adapter))
-            .order_by(Adapter.name, AdapterVersion.version)
+            .order_by(Adapter.tenant, Adapter.name, AdapterVersion.version)
         )
         return (await self._session.scalars(query)).all()
 
     async def named(self, digests: Iterable[str]) -> dict[str, AdapterVersion]:
-        """digest -> the newest version that has it, with its adapter."""
+        """digest -> the newest of the caller's own versions that has it, with its adapter."""
         query = (
             select(AdapterVersion)
             .join(AdapterVersion.adapter)
-            .where(Adapter.tenant == self._tenant, AdapterVersion.digest.in_(set(digests)))
+            .where(self._seen, *self._own(), AdapterVersion.digest.in_(set(digests)))
             .options(contains_eager(AdapterVersion.adapter))
             .order_by(AdapterVersion.id)
         )
         return {row.digest: row for row in await self._session.scalars(query)}
 
+    def _own(self) -> list[ColumnElement[bool]]:
+        tenant = self.caller.tenant
+        return [] if tenant is None else [Adapter.tenant == tenant]
+
 
 class AliasRepository:
     """Changes of aliases, and their history. What they mean now comes with their adapter."""
 
-    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+    def __init__(self, session: AsyncSession) -> None:
         self._session = session
-        self._audit = AuditRepository(session, tenant)
 
     def move(
         self,
@@ -231,7 +278,7 @@ class AliasRepository:
                 restores=restores,
             )
         )
-        self._audit.add(
+        AuditRepository(self._session, adapter.tenant).add(
             actor,
             "alias.set" if split else "alias.delete",
             f"{adapter.name}:{name}",
@@ -386,38 +433,40 @@ class ProofRepository:
 
 
 class PullRepository:
-    """The last pull of each name."""
+    """The last pull of each tenant's name."""
 
-    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+    def __init__(self, session: AsyncSession) -> None:
         self._session = session
-        self._tenant = tenant
 
-    async def get(self, name: str) -> Pull | None:
+    async def get(self, tenant: str, name: str) -> Pull | None:
         found: Pull | None = await self._session.scalar(
-            select(Pull).where(Pull.tenant == self._tenant, Pull.name == name)
+            select(Pull).where(Pull.tenant == tenant, Pull.name == name)
         )
         return found
 
-    async def all(self) -> Sequence[Pull]:
-        """By name."""
-        query = select(Pull).where(Pull.tenant == self._tenant).order_by(Pull.name)
+    async def all(self, tenant: str | None = None) -> Sequence[Pull]:
+        """By tenant and name; only of one tenant where one is named."""
+        query = select(Pull).order_by(Pull.tenant, Pull.name)
+        if tenant is not None:
+            query = query.where(Pull.tenant == tenant)
         return (await self._session.scalars(query)).all()
 
-    async def remove(self, name: str) -> None:
-        await self._session.execute(
-            delete(Pull).where(Pull.tenant == self._tenant, Pull.name == name)
-        )
+    async def remove(self, tenant: str, name: str) -> None:
+        await self._session.execute(delete(Pull).where(Pull.tenant == tenant, Pull.name == name))
 
     async def replace(self, pull: Pull) -> None:
         """Make this the last pull of its name."""
-        await self.remove(pull.name)
+        await self.remove(pull.tenant, pull.name)
         self._session.add(pull)
 
 
 class AuditRepository:
-    """The audit log: append and read."""
+    """The audit log: append what was done to something of `tenant`, and read.
 
-    def __init__(self, session: AsyncSession, tenant: str = DEFAULT_TENANT) -> None:
+    tenant: None reads all, and writes of what belongs to no tenant, under an empty name.
+    """
+
+    def __init__(self, session: AsyncSession, tenant: str | None) -> None:
         self._session = session
         self._tenant = tenant
 
@@ -432,7 +481,7 @@ class AuditRepository:
     ) -> None:
         self._session.add(
             AuditEvent(
-                tenant=self._tenant,
+                tenant=self._tenant or "",
                 actor=actor,
                 action=action,
                 subject=subject,
@@ -442,10 +491,7 @@ class AuditRepository:
         )
 
     async def page(self, *, after: int, limit: int) -> Sequence[AuditEvent]:
-        query = (
-            select(AuditEvent)
-            .where(AuditEvent.tenant == self._tenant, AuditEvent.id > after)
-            .order_by(AuditEvent.id)
-            .limit(limit)
-        )
+        query = select(AuditEvent).where(AuditEvent.id > after).order_by(AuditEvent.id).limit(limit)
+        if self._tenant is not None:
+            query = query.where(AuditEvent.tenant == self._tenant)
         return (await self._session.scalars(query)).all()

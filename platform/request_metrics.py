@@ -80,7 +80,7 @@ class RequestMetrics:
         if prepared.max_tokens_asked is not None:
             seen["request_params_max_tokens"].observe(prepared.max_tokens_asked)
         for adapter, _ in prepared.composition.members:
-            series = self.adapters.of((adapter.name, str(adapter.version)))
+            series = self.adapters.of((adapter.label, str(adapter.version)))
             series.requests += 1
             series.errors += outcome == "error"
             series.prompt_tokens += generation.num_prompt_tokens

@@ -12,10 +12,12 @@ from loraplex.adapters.store import AdapterStore
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
 from loraplex.platform.alias_service import AliasService
+from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
+from loraplex.platform.keys import KeyRing
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
@@ -23,6 +25,7 @@ from loraplex.platform.served_model import ServedModel
 from loraplex.platform.settings import Settings
 from loraplex.platform.sources.pulled_adapters import PulledAdapters
 from loraplex.platform.sources.pulls import PullService
+from loraplex.platform.tenant_service import TenantService
 from loraplex.platform.usage import UsageMeter
 
 
@@ -34,6 +37,8 @@ class Runtime:
     engine: EnginePort
     db: Database
     store: AdapterStore
+    keys: KeyRing
+    tenants: TenantService
     resolver: Resolver
     adapters: AdapterService
     proofs: ProofService
@@ -81,7 +86,7 @@ def runtime(request: Request) -> Runtime:
     return found
 
 
-def actor(request: Request) -> str:
-    """FastAPI dependency: who calls, for the audit log."""
-    name: str = request.state.actor
-    return name
+def caller(request: Request) -> Caller:
+    """FastAPI dependency: who calls."""
+    found: Caller = request.state.caller
+    return found

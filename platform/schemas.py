@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loraplex.platform.names import NAME
+
 MAX_METADATA_BYTES = 64 * 1024
 MAX_SPLIT = 16
 MAX_WEIGHT = 1_000_000
@@ -30,6 +32,10 @@ def checked_metadata(value: Any) -> dict[str, Any]:
     if size > MAX_METADATA_BYTES:
         raise ValueError(f"exceeds {MAX_METADATA_BYTES} bytes")
     return value
+
+
+Visibility = Literal["private", "shared", "public"]
+TenantName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
 class WeightedVersion(BaseModel):
@@ -87,11 +93,16 @@ class AdapterVersionObject(BaseModel):
 
 
 class AdapterObject(AdapterVersionObject):
-    """An adapter as seen through one of its versions (the newest unless another was named)."""
+    """An adapter as seen through one of its versions (the newest unless another was named).
+
+    `id` is `tenant/name` for another tenant's. Only the tenant itself sees `shared_with`.
+    """
 
     id: str
     object: Literal["adapter"] = "adapter"
     tenant: str
+    visibility: Visibility
+    shared_with: list[str]
     base_model: str
     description: str
     metadata: dict[str, Any]
@@ -113,6 +124,8 @@ class AdapterPatch(BaseModel):
 
     description: Annotated[str, Field(max_length=10_000)] | None = None
     metadata: dict[str, Any] | None = None
+    visibility: Visibility | None = None
+    shared_with: Annotated[list[TenantName], Field(max_length=1000)] | None = None
 
     @field_validator("metadata")
     @classmethod
@@ -289,7 +302,7 @@ class SlotTotals(BaseModel):
 class SlotList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Slot]
-    totals: SlotTotals
+    totals: SlotTotals | None
 
 
 class TierBytes(BaseModel):
@@ -409,6 +422,7 @@ class TransitionList(BaseModel):
 class Event(BaseModel):
     id: int
     at: int
+    tenant: str
     actor: str
     action: str
     subject: str

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from loraplex.platform import uploads
+from loraplex.platform.callers import Caller
 from loraplex.platform.download import tar_gz
 from loraplex.platform.errors import ApiError
 from loraplex.platform.names import adapter_not_found
-from loraplex.platform.runtime import Runtime, actor, runtime
+from loraplex.platform.runtime import Runtime, caller, runtime
 from loraplex.platform.schemas import (
     AdapterDeleted,
     AdapterDetail,
@@ -29,7 +30,7 @@ AdapterId = Annotated[
     str, Path(description="`id`; where one version is meant also `id@3`, `id:alias`.")
 ]
 State = Annotated[Runtime, Depends(runtime)]
-Actor = Annotated[str, Depends(actor)]
+Who = Annotated[Caller, Depends(caller)]
 
 _FILE = {"type": "string", "format": "binary"}
 _UPLOAD_BODY: dict[str, Any] = {
@@ -66,7 +67,7 @@ _UPLOAD_BODY: dict[str, Any] = {
     responses={200: {"model": AdapterObject, "description": "This content was there already"}},
 )
 async def upload_adapter(
-    request: Request, response: Response, state: State, who: Actor
+    request: Request, response: Response, state: State, who: Who
 ) -> AdapterObject:
     """Register an adapter, or a new version of it. Everything is checked first; a refusal names
     every problem.
@@ -76,7 +77,7 @@ async def upload_adapter(
     if declared.isdigit() and int(declared) > state.settings.max_upload_bytes:
         raise uploads.too_large(state.settings.max_upload_bytes)
     adapter, created = await state.adapters.register(
-        request.stream(), request.headers.get("content-type", ""), model, who
+        who, request.stream(), request.headers.get("content-type", ""), model
     )
     response.status_code = 201 if created else 200
     return adapter
@@ -85,36 +86,43 @@ async def upload_adapter(
 @router.get("")
 async def list_adapters(
     state: State,
+    who: Who,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(description="Continue behind this id.")] = "",
     name: Annotated[str, Query(description="Only ids that contain this.")] = "",
 ) -> AdapterList:
-    """Adapters by id, each through its newest version."""
-    return await state.adapters.page(limit=limit, after=after, contains=name)
+    """Your tenant's adapters by id, each through its newest version. With the header `x-tenant`
+    those of another one, as far as you may see them.
+    """
+    return await state.adapters.page(who, limit=limit, after=after, contains=name)
 
 
 @router.get("/{adapter_id}")
-async def get_adapter(adapter_id: AdapterId, state: State) -> AdapterWithPull | PendingAdapter:
+async def get_adapter(
+    adapter_id: AdapterId, state: State, who: Who
+) -> AdapterWithPull | PendingAdapter:
     """One adapter with all its versions, seen through the version that was named, and its last
     pull.
     """
-    return await state.pulled.get(adapter_id)
+    return await state.pulled.get(who, adapter_id)
 
 
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
-async def download_adapter(adapter_id: AdapterId, state: State) -> StreamingResponse:
-    """The two files as a tar.gz."""
-    adapter = await state.resolver.find(adapter_id)
+async def download_adapter(adapter_id: AdapterId, state: State, who: Who) -> StreamingResponse:
+    """The two files as a tar.gz, for the tenant whose adapter it is."""
+    adapter = await state.resolver.find(who, adapter_id)
+    who.check_may_change(adapter.tenant, f"adapter {adapter.name!r}")
     try:
-        chunks = tar_gz(state.adapters.files(adapter.digest), adapter.name)
+        name = adapter.name.rpartition("/")[2]
+        chunks = tar_gz(state.adapters.files(adapter.digest), name)
     except FileNotFoundError:
         raise adapter_not_found(adapter_id) from None
-    name = f"{adapter.name}-v{adapter.version}.tar.gz"
+    file_name = f"{name}-v{adapter.version}.tar.gz"
     return StreamingResponse(
         chunks,
         media_type="application/gzip",
         headers={
-            "content-disposition": f'attachment; filename="{name}"',
+            "content-disposition": f'attachment; filename="{file_name}"',
             "x-adapter-digest": f"sha256:{adapter.digest}",
         },
     )
@@ -122,29 +130,29 @@ async def download_adapter(adapter_id: AdapterId, state: State) -> StreamingResp
 
 @router.patch("/{adapter_id}")
 async def patch_adapter(
-    adapter_id: AdapterId, change: AdapterPatch, state: State, who: Actor
+    adapter_id: AdapterId, change: AdapterPatch, state: State, who: Who
 ) -> AdapterDetail:
-    """Change description or metadata; what is not sent stays."""
-    return await state.adapters.patch(adapter_id, change, who)
+    """Change description, metadata or who may use it; what is not sent stays."""
+    return await state.adapters.patch(who, adapter_id, change)
 
 
 @router.post("/{adapter_id}/verify")
 async def verify_adapter(
-    adapter_id: AdapterId, state: State, who: Actor, order: VerifyOrder | None = None
+    adapter_id: AdapterId, state: State, who: Who, order: VerifyOrder | None = None
 ) -> Verification:
     """Hash the stored files of one version again, and compare what it does with what they say. It
     is loaded for that.
     """
     state.served_model()
     accept = order is not None and order.accept
-    return await state.proofs.verify(adapter_id, accept=accept, actor=who)
+    return await state.proofs.verify(who, adapter_id, accept=accept)
 
 
 @router.delete("/{adapter_id}")
 async def delete_adapter(
     adapter_id: AdapterId,
     state: State,
-    who: Actor,
+    who: Who,
     version: Annotated[int | None, Query(ge=1, description="Only this version.")] = None,
     force: Annotated[bool, Query(description="Abort requests that run on it.")] = False,
     drain_timeout_s: Annotated[
@@ -160,5 +168,5 @@ async def delete_adapter(
     if named_version.isdigit():
         version, adapter_id = int(named_version), name
     return await state.pulled.delete(
-        adapter_id, version=version, force=force, drain_timeout_s=drain_timeout_s, actor=who
+        who, adapter_id, version=version, force=force, drain_timeout_s=drain_timeout_s
     )

@@ -7,15 +7,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import JSONResponse
 
+from loraplex.platform.callers import Caller
 from loraplex.platform.chat_schemas import ChatBody
 from loraplex.platform.errors import ApiError
 from loraplex.platform.openai_schemas import CompletionBody
 from loraplex.platform.responses import GenerationResponse
-from loraplex.platform.runtime import Runtime, runtime
+from loraplex.platform.runtime import Runtime, caller, runtime
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 
 State = Annotated[Runtime, Depends(runtime)]
+Who = Annotated[Caller, Depends(caller)]
 StickyKey = Annotated[
     str | None,
     Header(
@@ -34,41 +36,45 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/completions", responses=_STREAM)
-async def completions(body: CompletionBody, state: State, sticky_key: StickyKey = None) -> Response:
+async def completions(
+    body: CompletionBody, state: State, who: Who, sticky_key: StickyKey = None
+) -> Response:
     """Continue a prompt. `adapter_id` (or `model`) names the adapter; without one the base model
     answers.
     """
-    prepared = await state.inference.prepare_completion(body, state.served_model(), sticky_key)
+    prepared = await state.inference.prepare_completion(body, state.served_model(), who, sticky_key)
     return GenerationResponse(prepared, state.generation_ended)
 
 
 @router.post("/chat/completions", responses=_STREAM)
-async def chat_completions(body: ChatBody, state: State, sticky_key: StickyKey = None) -> Response:
+async def chat_completions(
+    body: ChatBody, state: State, who: Who, sticky_key: StickyKey = None
+) -> Response:
     """Answer a chat, formatted by the model's chat template."""
-    prepared = await state.inference.prepare_chat(body, state.served_model(), sticky_key)
+    prepared = await state.inference.prepare_chat(body, state.served_model(), who, sticky_key)
     return GenerationResponse(prepared, state.generation_ended)
 
 
 @router.get("/models")
-async def models(state: State) -> JSONResponse:
+async def models(state: State, who: Who) -> JSONResponse:
     """The base model, every adapter with a usable version, and their aliases."""
     model = state.served_model()
     adapters = [
         _adapter_card(reference, reference.partition(":")[0], created, model.name)
-        for reference, created in await state.adapters.names()
+        for reference, created in await state.adapters.names(who)
     ]
     return JSONResponse({"object": "list", "data": [_base_card(state), *adapters]})
 
 
 @router.get("/models/{model_id:path}")
-async def retrieve_model(model_id: str, state: State) -> JSONResponse:
+async def retrieve_model(model_id: str, state: State, who: Who) -> JSONResponse:
     """One model or adapter."""
     model = state.served_model()
     if model_id in (model.name, model.info.name):
         return JSONResponse(_base_card(state))
     try:
-        await state.resolver.choose(model_id, "")
-        detail = await state.adapters.get(model_id)
+        await state.resolver.choose(who, model_id, "")
+        detail = await state.adapters.get(who, model_id)
     except ApiError as error:
         if error.code != "adapter_not_found":
             raise

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from loraplex.adapters.errors import AdapterError, AdapterRefused
+from loraplex.platform.callers import Caller
 from loraplex.platform.errors import ApiError
-from loraplex.platform.models import DEFAULT_TENANT, Pull, utc_now
+from loraplex.platform.models import Pull, utc_now
 from loraplex.platform.registration import Registration
 from loraplex.platform.sources.origin import Origin
 
 
-def new_row(order: Registration, origin: Origin, actor: str) -> Pull:
+def new_row(order: Registration, origin: Origin, caller: Caller) -> Pull:
     return Pull(
-        tenant=DEFAULT_TENANT,
+        tenant=caller.home,
         name=order.name,
         source=origin.shown,
         has_secret=False,
         alias=order.alias,
         description=order.description,
         metadata_=order.metadata,
-        actor=actor,
+        actor=caller.actor,
         status="queued",
         bytes_done=0,
         retries=0,

@@ -20,10 +20,12 @@ from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
 from loraplex.adapters.store import Staging
 from loraplex.platform.adapter_service import ARCHIVE_FILE, AdapterService
+from loraplex.platform.callers import Caller, system
 from loraplex.platform.db import Database
 from loraplex.platform.errors import ApiError
 from loraplex.platform.finishing import finished, irrevocable
-from loraplex.platform.models import Pull, utc_now
+from loraplex.platform.models import DEFAULT_TENANT, Pull, utc_now
+from loraplex.platform.names import Reference
 from loraplex.platform.registration import Registration
 from loraplex.platform.repositories import AuditRepository, PullRepository
 from loraplex.platform.served_model import ServedModel
@@ -34,6 +36,7 @@ from loraplex.platform.sources.parsing import Sources
 from loraplex.platform.sources.pull_rows import copy_of, new_row, ordered, problem_of
 from loraplex.platform.sources.schemas import PullList, PullObject, PullOrder
 from loraplex.platform.sources.transfer import Progress, fetch
+from loraplex.platform.tenant_repositories import require_tenant
 
 log = logging.getLogger(__name__)
 
@@ -88,18 +91,19 @@ class PullService:
         self._sources = sources
         self._places = asyncio.Semaphore(max_pulls)
         self._timeout_s = timeout_s
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[tuple[str, str], Job] = {}
         self._beginning = asyncio.Lock()  # a pull is there wholly, or not yet
         self._counters = PullCounters()
 
     # --- orders -----------------------------------------------------------------------------------
 
-    async def start(self, order: PullOrder, model: ServedModel, actor: str) -> None:
+    async def start(self, caller: Caller, order: PullOrder, model: ServedModel) -> None:
         """Begin a pull, or join the same one that is under way.
 
         Raises: ApiError(invalid_request | name_taken | source_not_allowed | pull_under_way |
         queue_full).
         """
+        caller.check_may_register(order.name)
         token = None if order.token is None else order.token.get_secret_value()
         registration = Registration.checked(
             model,
@@ -109,7 +113,9 @@ class PullService:
             metadata=order.metadata,
         )
         origin = self._sources.origin(order.source, order.revision, token)
-        row = new_row(registration, origin, actor)
+        async with self._db.read() as session:
+            await require_tenant(session, caller.home)
+        row = new_row(registration, origin, caller)
         row.revision = order.revision
         row.pin = None if order.digest is None else order.digest.removeprefix("sha256:")
         row.has_secret = token is not None or origin.shown.endswith(SIGNED)
@@ -117,84 +123,98 @@ class PullService:
         await self._launch(Job(row, registration, origin, source, token), model)
 
     async def pull_folder(
-        self, name: str, origin: Origin, stamp: str, model: ServedModel, actor: str
+        self, caller: Caller, name: str, origin: Origin, stamp: str, model: ServedModel
     ) -> Job:
         """Begin a pull of a watched folder in the state `stamp`. Raises: as `start`."""
         registration = Registration.checked(
             model, name=name, alias=None, description=None, metadata=None
         )
-        row = new_row(registration, origin, actor)
+        row = new_row(registration, origin, caller)
         row.stamp = stamp
         job = Job(row, registration, origin, origin.shown)
         await self._launch(job, model)
         return job
 
-    async def cancel(self, name: str, actor: str) -> PullObject:
+    async def cancel(self, caller: Caller, name: str) -> PullObject:
         """Stop a pull and forget it; one that has ended is forgotten.
 
         One that is being registered at this moment ends well instead.
 
         Raises: ApiError(not_found).
         """
-        stopped = await self.stop(name, actor)
+        stopped = await self.stop(caller, name)
         if stopped is not None:
             return stopped
         async with self._db.unit_of_work() as session:
             pulls = PullRepository(session)
-            row = await pulls.get(name)
+            key = _key(caller, name)
+            row = None if key is None else await pulls.get(*key)
             if row is None:
                 raise never_pulled(name)
-            await pulls.remove(name)
+            await pulls.remove(row.tenant, row.name)
+            AuditRepository(session, row.tenant).add(
+                caller.actor, "adapter.pull.forget", row.name, before=ordered(row)
+            )
         return pull_view.pull_object(row)
 
-    async def stop(self, name: str, actor: str) -> PullObject | None:
+    async def stop(self, caller: Caller, name: str) -> PullObject | None:
         """Cancel the pull of this name that is under way, if there is one, and wait for its end."""
         async with self._beginning:
-            job = self._jobs.get(name)
+            job = self._job(caller, name)
         if job is None or job.task is None:
             return None
-        job.cancelled_by = actor
+        job.cancelled_by = caller.actor
         job.task.cancel()
         await asyncio.wait({job.task})
         return pull_view.pull_object(job.row, job.progress)
 
-    async def forget(self, name: str) -> None:
+    async def forget(self, caller: Caller, name: str) -> None:
         """Drop the record of an ended pull."""
-        async with self._db.unit_of_work() as session:
-            await PullRepository(session).remove(name)
+        key = _key(caller, name)
+        if key is not None:
+            async with self._db.unit_of_work() as session:
+                await PullRepository(session).remove(*key)
 
     # --- reading ----------------------------------------------------------------------------------
 
-    async def find(self, name: str) -> PullObject | None:
-        """The last pull of this name."""
-        job = self._jobs.get(name)
+    async def find(self, caller: Caller, name: str) -> PullObject | None:
+        """The last pull of this name, if the caller may see it."""
+        job = self._job(caller, name)
         if job is not None:
             return pull_view.pull_object(job.row, job.progress)
-        async with self._db.read() as session:
-            row = await PullRepository(session).get(name)
+        row = await self.row(caller, name)
         return None if row is None else pull_view.pull_object(row)
 
     async def folder_stamps(self) -> dict[str, str]:
         """adapter -> the state of the watched folder that was pulled last, and went well."""
         async with self._db.read() as session:
-            rows = await PullRepository(session).all()
+            rows = await PullRepository(session).all(DEFAULT_TENANT)
         return {row.name: row.stamp for row in rows if row.stamp and row.status == "ready"}
 
-    async def row(self, name: str) -> Pull | None:
+    async def row(self, caller: Caller, name: str) -> Pull | None:
         """The last pull of this name as the registry has it, or as it is under way."""
-        job = self._jobs.get(name)
+        key = _key(caller, name)
+        if key is None:
+            return None
+        job = self._jobs.get(key)
         if job is not None:
             return job.row
         async with self._db.read() as session:
-            return await PullRepository(session).get(name)
+            return await PullRepository(session).get(*key)
 
-    async def page(self) -> PullList:
-        """The last pull of every name."""
+    def _job(self, caller: Caller, name: str) -> Job | None:
+        key = _key(caller, name)
+        return None if key is None else self._jobs.get(key)
+
+    async def page(self, caller: Caller) -> PullList:
+        """The last pull of every name: an operator's of all tenants."""
         async with self._db.read() as session:
-            rows = await PullRepository(session).all()
+            rows = await PullRepository(session).all(caller.tenant)
         data = []
         for row in rows:
-            job = self._jobs.get(row.name)
+            if _key(caller, f"{row.tenant}/{row.name}") is None:
+                continue
+            job = self._jobs.get((row.tenant, row.name))
             data.append(
                 pull_view.pull_object(row)
                 if job is None
@@ -252,8 +272,9 @@ class PullService:
 
     async def _launch(self, job: Job, model: ServedModel, action: str = "adapter.pull") -> None:
         name = job.row.name
+        key = (job.row.tenant, name)
         async with self._beginning:
-            active = self._jobs.get(name)
+            active = self._jobs.get(key)
             if active is not None:
                 if active.is_same(job):
                     return
@@ -265,7 +286,7 @@ class PullService:
             if len(self._jobs) >= MAX_UNFINISHED:
                 raise ApiError("queue_full", f"{MAX_UNFINISHED} pulls are waiting; try again later")
             await self._save(job.row, action, ordered(job.row))
-            self._jobs[name] = job
+            self._jobs[key] = job
             job.task = asyncio.create_task(self._run(job, model), name=f"pull {name}")
 
     async def _run(self, job: Job, model: ServedModel) -> None:
@@ -289,8 +310,9 @@ class PullService:
                 await finished(self._end(row, "ready", None, job.progress))
         finally:
             self._counters.bytes_pulled += job.progress.bytes_done
-            if self._jobs.get(row.name) is job:  # the server stops, or its end could not be saved
-                del self._jobs[row.name]
+            key = (row.tenant, row.name)
+            if self._jobs.get(key) is job:  # the server stops, or its end could not be saved
+                del self._jobs[key]
 
     async def _attempt(self, job: Job, model: ServedModel) -> None:
         row = job.row
@@ -311,7 +333,9 @@ class PullService:
                     param="digest",
                 )
             adapter, _ = await irrevocable(
-                self._adapters.admit(job.order, staging, manifest, model, row.actor, row.source)
+                self._adapters.admit(
+                    system(row.actor, row.tenant), job.order, staging, manifest, model, row.source
+                )
             )
             row.version, row.digest = adapter.versions[-1].version, manifest.digest
 
@@ -331,7 +355,7 @@ class PullService:
     async def _save(self, row: Pull, action: str, after: dict[str, Any]) -> None:
         async with self._db.unit_of_work() as session:
             await PullRepository(session).replace(copy_of(row))
-            AuditRepository(session).add(row.actor, action, row.name, after=after)
+            AuditRepository(session, row.tenant).add(row.actor, action, row.name, after=after)
 
     async def _end(
         self,
@@ -350,15 +374,17 @@ class PullService:
             await PullRepository(session).replace(ended)
             if error is not None:
                 after = {"source": row.source, "code": error.code, "message": error.message}
-                AuditRepository(session).add(row.actor, "adapter.pull.fail", row.name, after=after)
+                AuditRepository(session, row.tenant).add(
+                    row.actor, "adapter.pull.fail", row.name, after=after
+                )
         self._over(row, status, error)
 
     async def _forget(self, job: Job) -> None:
         row = job.row
         row.ended_at = utc_now()
         async with self._db.unit_of_work() as session:
-            await PullRepository(session).remove(row.name)
-            AuditRepository(session).add(
+            await PullRepository(session).remove(row.tenant, row.name)
+            AuditRepository(session, row.tenant).add(
                 job.cancelled_by or row.actor,
                 "adapter.pull.cancel",
                 row.name,
@@ -369,13 +395,23 @@ class PullService:
     def _over(self, row: Pull, status: str, error: ApiError | AdapterError | None) -> None:
         """Whoever sees the end may order the next pull at once."""
         row.status = status
-        self._jobs.pop(row.name, None)
+        self._jobs.pop((row.tenant, row.name), None)
         ended = self._counters.ended
         ended[status] = ended.get(status, 0) + 1
         fields: dict[str, Any] = {"adapter": row.name, "source": row.source, "status": status}
         if error is not None:
             fields |= {"code": error.code, "reason": error.message}
         log.info("pull", extra=fields)
+
+
+def _key(caller: Caller, text: str) -> tuple[str, str] | None:
+    """(tenant, name) of a pull that is the caller's own; None for others'."""
+    reference = Reference.parse(text)
+    if reference is None or reference.name is None or not reference.is_bare:
+        return None
+    owner = reference.tenant or caller.home
+    listed = caller.adapters is None or f"{owner}/{reference.name}" in caller.adapters
+    return (owner, reference.name) if listed and caller.may_change(owner) else None
 
 
 def never_pulled(name: str) -> ApiError:

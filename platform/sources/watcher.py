@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loraplex.platform.callers import system
 from loraplex.platform.errors import ApiError
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.sources.directories import DirectoryOrigin
@@ -22,7 +23,7 @@ from loraplex.platform.sources.pulls import PullService
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
-ACTOR = "watch"
+CALLER = system("watch")
 
 
 class Watcher:
@@ -76,7 +77,7 @@ class Watcher:
         origin = DirectoryOrigin(self._root, name, f"watch:{name}")
         origin.packed = False  # a folder, even if it is called a.zip
         try:
-            job = await self._pulls.pull_folder(name, origin, stamp, model, ACTOR)
+            job = await self._pulls.pull_folder(CALLER, name, origin, stamp, model)
         except ApiError as error:
             if error.code in ("pull_under_way", "queue_full"):
                 return None  # at the next look

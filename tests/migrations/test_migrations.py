@@ -132,7 +132,8 @@ def rows(connection: Connection, query: str) -> list[tuple[Any, ...]]:
 
 
 KEPT = {
-    "adapter": "SELECT * FROM adapter",
+    "adapter": "SELECT id, tenant, name, description, metadata, next_version, created_at, "
+    "deleted_at FROM adapter",
     "adapter_version": "SELECT * FROM adapter_version",
     "audit_event": "SELECT * FROM audit_event",
 }
@@ -182,6 +183,7 @@ def test_a_split_goes_back_to_its_heaviest_version(with_connection: Callable[...
 
 async def test_a_server_goes_on_where_the_first_release_stopped(tmp_path: Path) -> None:
     """The rows of the first schema, read by the code of today."""
+    from loraplex.platform.callers import Caller
     from loraplex.platform.resolution import Resolver
 
     sync = create_engine(f"sqlite:///{tmp_path / 'r.sqlite'}")
@@ -191,7 +193,7 @@ async def test_a_server_goes_on_where_the_first_release_stopped(tmp_path: Path) 
     database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'r.sqlite'}")
     resolver = Resolver(database)
     found = {
-        reference: (await resolver.choose(reference, "somebody")).reference
+        reference: (await resolver.choose(Caller(), reference, "somebody")).reference
         for reference in ("sql", "sql:prod", "sql:beta", "sql@1", "json", "json:prod")
     }
     await database.close()
@@ -206,6 +208,7 @@ async def test_a_server_goes_on_where_the_first_release_stopped(tmp_path: Path) 
 
 
 async def test_contents_of_before_there_were_proofs_are_unproven(tmp_path: Path) -> None:
+    from loraplex.platform.callers import Caller
     from loraplex.platform.repositories import AdapterRepository, ProofRepository
 
     sync = create_engine(f"sqlite:///{tmp_path / 'r.sqlite'}")
@@ -218,7 +221,9 @@ async def test_contents_of_before_there_were_proofs_are_unproven(tmp_path: Path)
     database = await Database.open(f"sqlite+aiosqlite:///{tmp_path / 'r.sqlite'}")
     async with database.read() as session:
         assert await ProofRepository(session).unproven({"model": "m"}) == {"ab" * 32: 3}
-        assert [row.proof for row in await AdapterRepository(session).versions()] == [None] * 3
+        assert [row.proof for row in await AdapterRepository(session, Caller()).versions()] == [
+            None
+        ] * 3
     await database.close()
     with sync.connect() as connection:
         downgrade(connection, "2026_11_24_pulls")

@@ -280,8 +280,9 @@ async def test_every_change_is_in_the_audit_log(server: Any) -> None:
         "adapter.pin",
         "adapter.delete",
     ]
-    assert events[2]["before"] == {"description": "", "metadata": {}}
-    assert events[2]["after"] == {"description": "d", "metadata": {}}
+    same = {"metadata": {}, "visibility": "private", "shared_with": []}
+    assert events[2]["before"] == {"description": "", **same}
+    assert events[2]["after"] == {"description": "d", **same}
     page = (await server.http.get("/v1/admin/events", params={"limit": 2, "after": 1})).json()
     assert [event["id"] for event in page["data"]] == [2, 3]
     assert page["has_more"] is True

@@ -29,6 +29,7 @@ async def test_without_a_key_nothing_but_probes(start: Any) -> None:
                 ("GET", "/v1/adapters"),
                 ("POST", "/v1/completions"),
                 ("GET", "/v1/admin/memory"),
+                ("GET", "/metrics"),
                 ("GET", "/nowhere"),
             ),
         ):
@@ -37,7 +38,7 @@ async def test_without_a_key_nothing_but_probes(start: Any) -> None:
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
-        for path in ("/healthz", "/readyz", "/metrics", "/version", "/docs", "/openapi.json"):
+        for path in ("/healthz", "/readyz", "/version", "/docs", "/openapi.json"):
             assert (await server.http.get(path)).status_code == 200
 
 

@@ -1,0 +1,57 @@
+"""Queries of tenants, API keys and usage. Sessions come in, rows go out; nobody commits here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from loraplex.platform.errors import ApiError
+from loraplex.platform.models import ApiKey, Tenant
+
+
+async def require_tenant(session: AsyncSession, name: str) -> Tenant:
+    """Raises: ApiError(tenant_not_found)."""
+    found = await session.get(Tenant, name)
+    if found is None:
+        raise ApiError("tenant_not_found", f"there is no tenant {name[:140]!r}", param="tenant")
+    return found
+
+
+class TenantRepository:
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def all(self) -> Sequence[Tenant]:
+        """By name."""
+        return (await self._session.scalars(select(Tenant).order_by(Tenant.name))).all()
+
+    async def state(self) -> object:
+        """Equal as long as no tenant was made or changed."""
+        query = select(func.count(), func.max(Tenant.changed_at)).select_from(Tenant)
+        return tuple((await self._session.execute(query)).one())
+
+
+class KeyRepository:
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def get(self, key_id: str) -> ApiKey | None:
+        return await self._session.get(ApiKey, key_id)
+
+    async def all(self, tenant: str | None = None) -> Sequence[ApiKey]:
+        """The oldest first; only of one tenant where one is named."""
+        query = select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)
+        if tenant is not None:
+            query = query.where(ApiKey.tenant == tenant)
+        return (await self._session.scalars(query)).all()
+
+    async def any(self) -> bool:
+        """There is a key, or was one."""
+        return (await self._session.scalar(select(ApiKey.id).limit(1))) is not None
+
+    async def state(self) -> object:
+        """Equal as long as no key was made or changed."""
+        query = select(func.count(), func.max(ApiKey.changed_at)).select_from(ApiKey)
+        return tuple((await self._session.execute(query)).one())
