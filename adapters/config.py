@@ -35,6 +35,8 @@ MAX_RANK = 4096  # beyond this it is a typing error; `Limits.max_rank` says what
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 4096  # of target_modules, rank_pattern...
 MAX_REGEX_KEYS = 64  # of a pattern table that need the automaton
+MAX_INVOCATION_TOKENS = 1024
+MAX_TOKEN_ID = 2**31 - 1
 
 _LAYER_NAME = re.compile(r"[\w.]+", re.ASCII)
 _Number = TypeVar("_Number", int, float)
@@ -51,7 +53,11 @@ class ModuleLora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """The keys of the file that have a meaning at inference."""
+    """The keys of the file that have a meaning at inference.
+
+    invocation_tokens: of an activated LoRA (aLoRA, 2504.12397), which applies from the last place
+    in the prompt on where they stand; empty for one that applies everywhere.
+    """
 
     r: int
     lora_alpha: float
@@ -60,6 +66,7 @@ class AdapterConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     base_model: str | None
+    invocation_tokens: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, raw: bytes | dict[str, Any], limits: Limits | None = None) -> AdapterConfig:
@@ -77,7 +84,10 @@ class AdapterConfig:
 
     def canonical(self) -> dict[str, Any]:
         """What of this config changes the adapter's meaning, in one spelling, for the digest."""
+        # Only where it is set, so that adapters keep the digests they had before it was known.
+        invocation = {"alora_invocation_tokens": list(self.invocation_tokens)}
         return {
+            **(invocation if self.invocation_tokens else {}),
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "use_rslora": self.use_rslora,
@@ -198,6 +208,7 @@ class _Reader:
         targets = self._targets()
         ranks = self._table("rank_pattern", self._rank)
         alphas = self._table("alpha_pattern", self._alpha)
+        invocation_tokens = self._invocation_tokens()
         base = self.raw.get("base_model_name_or_path")
         if len(self.problems) > known or r is None or alpha is None:
             return None
@@ -209,6 +220,7 @@ class _Reader:
             rank_pattern=ranks,
             alpha_pattern=alphas,
             base_model=base if isinstance(base, str) and base else None,
+            invocation_tokens=invocation_tokens,
         )
 
     def _rank(self, key: str, value: Any) -> int | None:
@@ -225,6 +237,20 @@ class _Reader:
         message = f"{key} must be a number, not 0, at most {MAX_ALPHA:g}; it is {_quote(value)}"
         self.refuse("alpha_invalid", message)
         return None
+
+    def _invocation_tokens(self) -> tuple[int, ...]:
+        value: Any = self.raw.get("alora_invocation_tokens")
+        if _is_off("alora_invocation_tokens", value):
+            return ()
+        if (
+            isinstance(value, list)
+            and len(value) <= MAX_INVOCATION_TOKENS
+            and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value)
+        ):
+            return tuple(value)
+        must = f"a list of at most {MAX_INVOCATION_TOKENS} token ids"
+        self._invalid("alora_invocation_tokens", must, value)
+        return ()
 
     def _targets(self) -> Targets:
         modules = self._modules("target_modules")

@@ -21,6 +21,7 @@ USED = frozenset(
         "alpha_pattern",
         "init_lora_weights",
         "base_model_name_or_path",
+        "alora_invocation_tokens",
     }
 )
 
@@ -55,7 +56,6 @@ REFUSED = {
     "trainable_token_indices": "the adapter replaces rows of the embedding",
     "target_parameters": "the adapter targets parameters that are no linear modules",
     "layer_replication": "the adapter expects a model with repeated layers",
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) switches on in the middle of a sequence",
     "use_qalora": "QA-LoRA pools the inputs of A",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "arrow_config": "Arrow routes each token to several adapters",

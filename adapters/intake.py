@@ -5,7 +5,7 @@ What the platform calls after an upload has been written or unpacked. Changes no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loraplex.adapters.config import read_config
@@ -16,18 +16,23 @@ from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifes
 from loraplex.adapters.module_shape import ModuleShape
 from loraplex.adapters.validation import describe, examine
 
+# What an activated LoRA may use: A and B of linear modules, however they are written.
+ACTIVATED_FEATURES = ("alora", "fused_projections")
+
 
 def inspect(
     folder: Path,
     modules: Sequence[ModuleShape],
     limits: Limits | None = None,
     base_model: str | None = None,
+    vocab_size: int | None = None,
 ) -> AdapterManifest:
     """Check the adapter in `folder` against the base model and describe it.
 
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
     modules: every linear module of the base model that can be adapted.
     base_model: the served model's name, compared with the config's for a warning.
+    vocab_size: of the served model, if an adapter's token ids are to be checked.
 
     Raises: AdapterRefused with every problem of both files.
     """
@@ -51,4 +56,29 @@ def inspect(
     if problems:
         raise AdapterRefused(problems)
     assert config is not None, "no config and no problem"
-    return describe(config, findings, folder, modules, base_model)
+    manifest = describe(config, findings, folder, modules, base_model)
+    if problems := list(_activation_problems(manifest, vocab_size)):
+        raise AdapterRefused(problems)
+    return manifest
+
+
+def _activation_problems(manifest: AdapterManifest, vocab_size: int | None) -> Iterator[Problem]:
+    """Why an activated LoRA could never be invoked, or would change what comes before it."""
+    if not manifest.invocation_tokens:
+        return
+    largest = max(manifest.invocation_tokens)
+    if vocab_size is not None and largest >= vocab_size:
+        yield Problem(
+            "invocation_impossible",
+            f"alora_invocation_tokens has token {largest}, which this base model does not know",
+            file=CONFIG_FILE,
+            expected=f"below {vocab_size}",
+            actual=str(largest),
+        )
+    if others := [name for name in manifest.features if name not in ACTIVATED_FEATURES]:
+        yield Problem(
+            "feature_unsupported",
+            "an activated LoRA (alora_invocation_tokens) can only adapt linear modules of layers; "
+            f"this one also has {', '.join(others)}",
+            file=CONFIG_FILE,
+        )

@@ -53,6 +53,8 @@ class AdapterManifest:
     token_rows: ManifestRows | None = None
     # Whether the model's head is tied to its embedding; None: no matter, it changes neither.
     tied_head: bool | None = None
+    # Of an activated LoRA: it applies from the last place in the prompt on where they stand.
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def pages(self) -> int:
@@ -73,6 +75,7 @@ class AdapterManifest:
         weights = [r for r in self.replacements if r.parameter == "weight"]
         kinds = {r.kind for r in weights}
         found = {
+            "alora": bool(self.invocation_tokens),
             "dora": any(m.magnitude is not None for m in self.modules),
             "lora_bias": any(m.delta_bias is not None for m in self.modules),
             "fused_projections": any(m.rows is not None for m in self.modules),
@@ -164,6 +167,7 @@ class AdapterManifest:
                 fields["token_rows"] = ManifestRows.read(fields["token_rows"])
             fields["files"] = {name: FileStamp(**f) for name, f in fields["files"].items()}
             fields["warnings"] = tuple(Problem(**p) for p in fields["warnings"])
+            fields["invocation_tokens"] = tuple(fields.get("invocation_tokens", ()))
             return cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterCorrupt(f"{MANIFEST_FILE} cannot be read: {error}") from None

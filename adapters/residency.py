@@ -60,12 +60,16 @@ class Transition:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
-    """What an adapter will take, known from its manifest before anything is loaded."""
+    """What an adapter will take, known from its manifest before anything is loaded.
+
+    invocation_tokens: where in a prompt it begins to apply; empty: at its first token.
+    """
 
     rank: int
     pages: int
     device_bytes: int
     host_bytes: int
+    invocation_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

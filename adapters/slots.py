@@ -149,6 +149,11 @@ class AdapterSlots:
         if problem is not None:
             raise problem
 
+    def invocations(self, digests: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The invocation tokens of those that have some. They were checked before."""
+        sizes = {digest: self._residents[digest].size for digest in digests}
+        return {d: size.invocation_tokens for d, size in sizes.items() if size.invocation_tokens}
+
     def is_ready(self, digests: Iterable[str]) -> bool:
         """All are on the device and take new sequences."""
         residents = map(self._residents.get, digests)

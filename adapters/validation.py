@@ -222,6 +222,7 @@ def describe(
         ),
         files={name: stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
         warnings=tuple(_warnings(config, findings, base_model)),
+        invocation_tokens=config.invocation_tokens,
     )
 
 

@@ -50,6 +50,7 @@ class LoadedAdapter:
     rank: int  # the largest of all modules
     modules: dict[tuple[int, int], LoadedModule]
     extras: Extras = field(default_factory=Extras)
+    invocation_tokens: tuple[int, ...] = ()  # empty: it applies to every token
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +98,12 @@ def load_weights(
         raise AdapterCorrupt(f"the adapter's files cannot be read: {error.strerror}") from None
     except AdapterRefused as error:
         raise AdapterCorrupt(f"the stored weights are damaged: {error.message}") from None
-    return LoadedAdapter(manifest.digest, manifest.rank, modules)
+    return LoadedAdapter(
+        manifest.digest,
+        manifest.rank,
+        modules,
+        invocation_tokens=manifest.invocation_tokens,
+    )
 
 
 def _read(file: IO[bytes], header: Header, name: str, shape: tuple[int, int]) -> Tensor:

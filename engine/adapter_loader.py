@@ -121,6 +121,7 @@ class AdapterLoader:
             pages=layout.num_pages,
             device_bytes=self._pool.device_bytes(layout),
             host_bytes=self._pool.host_bytes(layout),
+            invocation_tokens=manifest.invocation_tokens,
         )
         if size.device_bytes > self._pool.bytes_total:
             raise AdapterError(

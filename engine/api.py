@@ -101,6 +101,9 @@ class SequenceOutput(Struct, frozen=True, omit_defaults=True, kw_only=True):
     stop_token_id: int | None = None  # the stop token that ended it, if one did (eos excluded)
     # Prompt tokens taken from the prefix cache; with the first output.
     num_cached_tokens: int | None = None
+    # Digests of activated LoRAs that the request names and that apply to none of its tokens, since
+    # their invocation tokens are not in the prompt; with the first output.
+    not_invoked: list[str] = []  # noqa: RUF012
     error: ErrorInfo | None = None  # set exactly when finish_reason is ERROR
     # Seconds waited before first being scheduled; with the first output.
     queue_s: float | None = None

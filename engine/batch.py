@@ -6,6 +6,7 @@ tables, the LoRA tiles of a batch that only decodes on) is taken over. Knows not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from loraplex.adapters.pool import PagePool
 from loraplex.engine.api import AdapterUse
-from loraplex.engine.seams import Schedule
+from loraplex.engine.seams import Schedule, ScheduledSequence
 from loraplex.kernels.ops import AttentionBatch, LoraBatch, PageTables
 
 BlockTables = np.ndarray[tuple[int, int], np.dtype[np.int32]]
@@ -104,17 +105,31 @@ class BatchBuilder:
 def adapter_runs(schedule: Schedule, query_start: list[int]) -> list[Run]:
     """Neighbouring rows of one composition together; rows of the base model left out."""
     runs: list[Run] = []
-    for s, row in zip(schedule.scheduled, query_start, strict=False):
-        adapters = s.seq.adapters
-        if not adapters:
-            continue
-        if runs:
-            first, count, last = runs[-1]
-            if first + count == row and (last is adapters or last == adapters):
-                runs[-1] = (first, count + s.num_tokens, last)
+    for s, first_row in zip(schedule.scheduled, query_start, strict=False):
+        for row, num_rows, adapters in _runs_of(s, first_row):
+            if not adapters:
                 continue
-        runs.append((row, s.num_tokens, adapters))
+            if runs:
+                first, count, last = runs[-1]
+                if first + count == row and (last is adapters or last == adapters):
+                    runs[-1] = (first, count + num_rows, last)
+                    continue
+            runs.append((row, num_rows, adapters))
     return runs
+
+
+def _runs_of(s: ScheduledSequence, row: int) -> Iterable[Run]:
+    """Cut where an activated LoRA begins: its sequence's rows before that are the base model's."""
+    spans = s.seq.spans
+    if s.start >= spans[-1][0]:  # nearly always
+        return ((row, s.num_tokens, spans[-1][1]),)
+    end = s.start + s.num_tokens
+    firsts = [max(s.start, min(first, end)) for first, _ in spans] + [end]
+    return [
+        (row + first - s.start, next_first - first, adapters)
+        for first, next_first, (_, adapters) in zip(firsts, firsts[1:], spans, strict=False)
+        if first < next_first
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from loraplex.engine.in_flight import InFlight, StepInFlight
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.seams import Prober, Runner, Schedule, StepSample
-from loraplex.engine.sequence import Sequence
+from loraplex.engine.sequence import Sequence, canonical_composition
 from loraplex.engine.validation import validate_request
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,11 @@ class Engine:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a live request")
         validate_request(request, self.model, self._max_model_len)
         self._scheduler.check(len(request.prompt_token_ids))
+        digests = [use.digest for use in canonical_composition(request.adapters)]
+        try:
+            self._slots.check(digests)
+        except AdapterError as error:
+            raise engine_error(error) from error
         seed = request.sampling.seed
         seq = Sequence.from_request(
             request,
@@ -119,11 +124,8 @@ class Engine:
             max_model_len=self._max_model_len,
             eos_token_ids=self._eos_token_ids,
             seed=secrets.randbits(63) if seed is None else seed,
+            invocations=self._slots.invocations(digests),
         )
-        try:
-            self._slots.check(seq.digests)
-        except AdapterError as error:
-            raise engine_error(error) from error
         self._num_ranks += 1
         self._sequences[seq.request_id] = self._by_rank[seq.order] = seq
         self._scheduler.add(seq)
@@ -259,6 +261,7 @@ class Engine:
             finish_reason=reason,
             stop_token_id=stop_token_id,
             num_cached_tokens=seq.num_cached_tokens if is_first else None,
+            not_invoked=seq.not_invoked if is_first else [],
             queue_s=seq.first_scheduled_time - seq.arrival_time if is_first else None,
         )
         if reason is None:

@@ -11,13 +11,18 @@ Chunked prefill, prefix hits, decode and recompute after preemption are all "let
 A *pending* token is sampled by a step that still runs: it has its place and counts, but only the
 device knows it yet. "In the KV cache" is meant in the device's order of work: it is there for
 whatever is launched next.
+
+Which adapters apply to a token depends on its position (`spans`): activated LoRAs begin somewhere
+in the prompt, all others at its first token. That is settled once, when the request comes in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from loraplex.engine.activation import Span, activation_spans
 from loraplex.engine.api import (
     AdapterUse,
     FinishReason,
@@ -54,7 +59,7 @@ class Sequence:
 
     seq_id: int
     request: GenerationRequest
-    adapters: tuple[AdapterUse, ...]  # canonical; what the model applies
+    spans: tuple[Span, ...]  # what the model applies, canonical, by position
     token_ids: list[int]  # prompt + output, as far as known
     num_prompt_tokens: int
     max_num_tokens: int  # prompt + output never grow past this
@@ -69,6 +74,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     num_published_blocks: int = 0  # leading ones of `block_table`, shared or offered for sharing
     block_hashes: list[bytes] = field(default_factory=list)  # prefix_hash.py's memo
+    adapters: tuple[AdapterUse, ...] = field(init=False)  # at the end of the prompt, and after
     composition: tuple[tuple[str, float], ...] = field(init=False)  # `adapters`, sortable
     digests: tuple[str, ...] = field(init=False)  # of `adapters`
     first_scheduled_time: float | None = None
@@ -77,6 +83,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
+        self.adapters = self.spans[-1][1]
         self.composition = tuple((use.digest, use.weight) for use in self.adapters)
         self.digests = tuple(use.digest for use in self.adapters)
 
@@ -90,13 +97,19 @@ class Sequence:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         seed: int,
+        invocations: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Sequence:
+        """invocations: invocation tokens of the request's activated LoRAs, by digest."""
         num_prompt_tokens = len(request.prompt_token_ids)
         max_tokens = request.sampling.max_tokens
         return cls(
             seq_id=seq_id,
             request=request,
-            adapters=canonical_composition(request.adapters),
+            spans=activation_spans(
+                canonical_composition(request.adapters),
+                request.prompt_token_ids,
+                invocations or {},
+            ),
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=num_prompt_tokens,
             max_num_tokens=min(
@@ -107,6 +120,13 @@ class Sequence:
             arrival_time=arrival_time,
             seed=seed,
         )
+
+    @property
+    def not_invoked(self) -> list[str]:
+        """Digests that the request names and no token uses: their invocation tokens are not in the
+        prompt."""
+        uses = canonical_composition(self.request.adapters)
+        return [use.digest for use in uses if use not in self.adapters]
 
     @property
     def request_id(self) -> str:

@@ -208,7 +208,13 @@ class AdapterService:
         """
         if packed:
             archive.unpack(staging.path / ARCHIVE_FILE, staging, self._limits)
-        return intake.inspect(staging.path, model.info.modules, self._limits, model.info.name)
+        return intake.inspect(
+            staging.path,
+            model.info.modules,
+            self._limits,
+            model.info.name,
+            model.info.vocab_size,
+        )
 
     async def _insert(
         self,

@@ -80,6 +80,9 @@ class AdapterVersionObject(BaseModel):
     size_bytes: int
     dtype: str
     pages: int
+    invocation_tokens: list[int] | None = Field(
+        None, description="Of an activated LoRA: token ids that switch it on."
+    )
     warnings: list[Any] = []
     status: Status
     error: str | None = None

@@ -129,6 +129,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "patterns a list": ({"rank_pattern": ["q_proj"]}, "value_invalid"),
     "a pattern that is none": ({"rank_pattern": {"(q": 4}}, "pattern_invalid"),
     "too many regexes": ({"rank_pattern": {f"q+{i}": 4 for i in range(65)}}, "value_invalid"),
+    "invocation text": ({"alora_invocation_tokens": "<call>"}, "value_invalid"),
+    "invocation of texts": ({"alora_invocation_tokens": ["7"]}, "value_invalid"),
+    "invocation of truths": ({"alora_invocation_tokens": [True]}, "value_invalid"),
+    "invocation negative": ({"alora_invocation_tokens": [-1]}, "value_invalid"),
+    "invocation huge": ({"alora_invocation_tokens": [1] * 2000}, "value_invalid"),
     "not LoRA": ({"peft_type": "PREFIX_TUNING"}, "peft_type_unsupported"),
     "no type": ({"peft_type": None}, "peft_type_unsupported"),
     "a classifier": ({"task_type": "SEQ_CLS"}, "task_type_unsupported"),
@@ -225,6 +230,18 @@ def test_an_excluded_head_is_no_problem(modules: list[ModuleShape]) -> None:
     assert len(AdapterConfig.parse(raw).resolve(modules)) == 3
 
 
+def test_invocation_tokens() -> None:
+    raw = {**BASE, "alora_invocation_tokens": [7, 8, 7]}
+    assert AdapterConfig.parse(raw).invocation_tokens == (7, 8, 7)
+    for off in (None, []):  # peft takes either for plain LoRA
+        assert AdapterConfig.parse({**BASE, "alora_invocation_tokens": off}).canonical() == (
+            AdapterConfig.parse(BASE).canonical()
+        )
+    for order in ([7, 7, 8], [7, 8]):
+        other = {**BASE, "alora_invocation_tokens": order}
+        assert AdapterConfig.parse(other).canonical() != AdapterConfig.parse(raw).canonical()
+
+
 def test_canonical_form_ignores_what_does_not_matter() -> None:
     one = {**BASE, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16.0, "lora_dropout": 0.1}
     two = {**BASE, "target_modules": ["v_proj", "q_proj", "q_proj"], "inference_mode": True}
@@ -242,6 +259,7 @@ def test_canonical_form_ignores_what_does_not_matter() -> None:
         {"layers_to_transform": [1]},
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}},
+        {"alora_invocation_tokens": [1, 2]},
     ],
 )
 def test_canonical_form_holds_what_matters(change: dict[str, Any]) -> None:

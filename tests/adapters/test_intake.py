@@ -241,6 +241,24 @@ def test_the_manifest(draft: Any, tmp_path: Path, modules: list[ModuleShape]) ->
     assert AdapterManifest.from_json(manifest.to_json()) == manifest
 
 
+def test_an_activated_lora(draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> None:
+    plain = inspect(draft.write(tmp_path), modules)
+    draft.config["alora_invocation_tokens"] = [5, 3]
+    manifest = inspect(draft.write(tmp_path), modules, vocab_size=6)
+    assert manifest.invocation_tokens == (5, 3)
+    assert manifest.features == ("alora",)
+    assert manifest.digest != plain.digest
+    assert AdapterManifest.from_json(manifest.to_json()) == manifest
+    with pytest.raises(AdapterRefused) as refused:
+        inspect(draft.write(tmp_path), modules, vocab_size=5)
+    [problem] = refused.value.problems
+    assert (problem.code, problem.expected, problem.actual) == (
+        "invocation_impossible",
+        "below 5",
+        "5",
+    )
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"format": 2}', b'{"format": 1}'])
 def test_a_manifest_that_is_none(raw: bytes) -> None:
     with pytest.raises(AdapterCorrupt):

@@ -30,7 +30,7 @@ from loraplex.engine.sequence import Sequence
 from loraplex.kernels.select import select_ops
 
 # `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
-for _name in ("engine_fakes", "sampling_cases"):
+for _name in ("alora_cases", "engine_fakes", "sampling_cases"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None
@@ -53,6 +53,7 @@ class Bench:
     runner: ModelRunner
     batches: BatchBuilder
     digests: dict[str, str]
+    invocations: dict[str, tuple[int, ...]]  # of activated LoRAs, by digest
     numbers: Any = field(default_factory=count)
 
     def sequence(self, prompt: list[int], adapter: str | None = None, **sampling: Any) -> Sequence:
@@ -74,6 +75,7 @@ class Bench:
             max_model_len=BLOCK_SIZE * MAX_BLOCKS,
             eos_token_ids=frozenset(),
             seed=7 if params.seed is None else params.seed,
+            invocations=self.invocations,
         )
         # Blocks in falling order: a kernel that takes a table for one run of memory is found out.
         first = (number % MAX_SEQS) * MAX_BLOCKS
@@ -152,23 +154,29 @@ def make_bench(
     store_adapters: Callable[..., dict[str, str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Bench]:
-    """`make_bench(model directory, backend="torch") -> Bench`, kept for the session."""
-    made: dict[tuple[Path, str], Bench] = {}
+    """`make_bench(model directory, backend="torch") -> Bench`, kept for the session.
 
-    def make(model: Path, backend: str = "torch") -> Bench:
-        if (model, backend) in made:
-            return made[model, backend]
+    adapters: {name: folder}, instead of `tiny_adapters`.
+    """
+    made: dict[tuple[Any, ...], Bench] = {}
+
+    def make(model: Path, backend: str = "torch", adapters: dict[str, Path] | None = None) -> Bench:
+        adapters = tiny_adapters(model) if adapters is None else adapters
+        made_for = (model, backend, *adapters.values())
+        if made_for in made:
+            return made[made_for]
         dtype = torch.float32
         config, ops = read_model_config(model), select_ops(backend, CPU, dtype)
         with Checkpoint(model) as checkpoint:
             decoder = load_decoder(config, checkpoint, ops, dtype, CPU)
         pool = PagePool(config.num_layers, config.module_shapes, 64 << 20, dtype, CPU)
         root = tmp_path_factory.mktemp("store")
-        digests = store_adapters(root, model, tiny_adapters(model))
+        digests = store_adapters(root, model, adapters)
+        invocations = {}
         for digest in digests.values():
-            pool.install(
-                digest, pool.build_image(load_weights(AdapterStore(root).path(digest), dtype))
-            )
+            loaded = load_weights(AdapterStore(root).path(digest), dtype)
+            pool.install(digest, pool.build_image(loaded))
+            invocations[digest] = loaded.invocation_tokens
         kv = ops.kv_cache(
             config.num_layers,
             MAX_SEQS * MAX_BLOCKS,
@@ -180,8 +188,9 @@ def make_bench(
         )
         batches = BatchBuilder(pool, BLOCK_SIZE, MAX_SEQS, MAX_BLOCKS, CPU)
         runner = ModelRunner(decoder, kv, batches, Sampler(config.vocab_size, CPU))
-        made[model, backend] = Bench(decoder, pool, runner, batches, digests)
-        return made[model, backend]
+        invocations = {digest: tokens for digest, tokens in invocations.items() if tokens}
+        made[made_for] = Bench(decoder, pool, runner, batches, digests, invocations)
+        return made[made_for]
 
     return make
 

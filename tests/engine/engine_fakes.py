@@ -23,6 +23,7 @@ from loraplex.adapters.errors import AdapterNotFound
 from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
 from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
+from loraplex.engine.activation import Span
 from loraplex.engine.api import AdapterUse, FinishReason, GenerationRequest, SamplingParams
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
@@ -33,18 +34,34 @@ VOCAB = 50
 EOS = 49
 BLOCK = 4
 SIZES = {"a": 10, "b": 10, "c": 20, "d": 40, "huge": 1000}  # device bytes
+SIZES |= {"x": 10, "y": 10}  # activated LoRAs
+INVOCATIONS = {"x": (3, 4), "y": (5,)}
 DEVICE_BYTES = 40
 
 
 # --- what the fake model says -------------------------------------------------------------------
 
-Model = Callable[[list[int], tuple[AdapterUse, ...]], int]
+Composition = tuple[tuple[str, float], ...]
+Model = Callable[[list[int], list[Composition]], int]
 
 
-def next_token(tokens: list[int], adapters: tuple[AdapterUse, ...]) -> int:
-    """What the fake model says after these tokens. Never eos, so lengths are the test's choice."""
-    uses = sorted((use.digest, use.weight) for use in adapters if use.weight)
-    return zlib.crc32(repr((tokens, uses)).encode()) % EOS
+def next_token(tokens: list[int], applied: list[Composition]) -> int:
+    """What the fake model says after these tokens, to each of which these adapters were applied.
+    Never eos, so lengths are the test's choice.
+    """
+    return zlib.crc32(repr((tokens, applied)).encode()) % EOS
+
+
+def composition_at(request: GenerationRequest, position: int) -> Composition:
+    prompt = request.prompt_token_ids
+
+    def applies(digest: str) -> bool:
+        wanted = list(INVOCATIONS.get(digest, ()))
+        places = [i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted]
+        return not wanted or (bool(places) and places[-1] <= position)
+
+    uses = request.adapters
+    return tuple(sorted((u.digest, u.weight) for u in uses if u.weight and applies(u.digest)))
 
 
 def choose(token: int, suppressed: Iterable[int]) -> int:
@@ -63,7 +80,8 @@ def expected(
     output: list[int] = []
     while True:
         is_early = len(output) < params.min_tokens
-        token = choose(model(tokens, request.adapters), stops if is_early else ())
+        applied = [composition_at(request, i) for i in range(len(tokens))]
+        token = choose(model(tokens, applied), stops if is_early else ())
         tokens.append(token)
         output.append(token)
         if token in stops and not is_early:
@@ -87,15 +105,18 @@ class Row:
     start: int
     tokens: list[int] | None  # None: what this sequence sampled last
     table: list[int]
-    adapters: tuple[AdapterUse, ...]
     loads: dict[str, int]  # which load of each adapter
-    composition: tuple[tuple[str, float], ...]
+    spans: tuple[Span, ...]
     samples: bool
     suppressed: frozenset[int]
     prompt_logprobs: list[api.TokenLogprobs] | None
 
     def slot(self, position: int) -> int:
         return self.table[position // BLOCK] * BLOCK + position % BLOCK
+
+    def applied(self, position: int) -> Composition:
+        uses = next(uses for first, uses in reversed(self.spans) if first <= position)
+        return tuple((use.digest, use.weight) for use in uses)
 
 
 @dataclass(eq=False)
@@ -187,9 +208,8 @@ class FakeRunner:
             start=item.start,
             tokens=None if item.feeds_back else seq.token_ids[item.start : end],
             table=list(seq.block_table),
-            adapters=seq.adapters,
             loads={digest: self._loader.installed[digest] for digest in seq.digests},
-            composition=seq.composition,
+            spans=seq.spans,
             samples=item.samples,
             suppressed=seq.suppressed_token_ids,
             prompt_logprobs=prompt_logprobs or None,
@@ -222,7 +242,7 @@ class FakeRunner:
                 slot = row.slot(position)
                 assert slot not in written, "two tokens write one slot"
                 written.add(slot)
-                self.kv[slot] = (token, position, row.composition)
+                self.kv[slot] = (token, position, row.applied(position))
         step.samples = [self._sample(row) for row in step.rows]
 
     def _sample(self, row: Row) -> StepSample:
@@ -231,8 +251,9 @@ class FakeRunner:
         end = row.start + (1 if row.tokens is None else len(row.tokens))
         read = [self.kv[row.slot(i)] for i in range(end)]
         assert [position for _, position, _ in read] == list(range(end))
-        assert {composition for _, _, composition in read} == {row.composition}
-        token = choose(self.model([token for token, _, _ in read], row.adapters), row.suppressed)
+        applied = [composition for _, _, composition in read]
+        assert applied == [row.applied(position) for position in range(end)]
+        token = choose(self.model([token for token, _, _ in read], applied), row.suppressed)
         self.last[row.seq_id] = token
         return StepSample(token, prompt_logprobs=row.prompt_logprobs)
 
@@ -250,7 +271,8 @@ class FakeLoader:
     def describe(self, digest: str) -> AdapterSize:
         if digest not in SIZES:
             raise AdapterNotFound(f"no adapter {digest} in the store")
-        return AdapterSize(16, 1, SIZES[digest], SIZES[digest])
+        size = SIZES[digest]
+        return AdapterSize(16, 1, size, size, INVOCATIONS.get(digest, ()))
 
     def begin_host_load(self, digest: str) -> None:
         self._begin(digest, Stage.HOST)

@@ -37,7 +37,10 @@ def install(pool: PagePool, digest: str, rank: int) -> None:
     pool.install(digest, pool.build_image(LoadedAdapter(digest, rank, {(0, 0): module})))
 
 
-def make_sequence(num_tokens: int, *adapters: tuple[str, float]) -> Sequence:
+def make_sequence(
+    num_tokens: int, *adapters: tuple[str, float], starts: dict[str, int] | None = None
+) -> Sequence:
+    """starts: of activated LoRAs among the adapters, where in the prompt they begin."""
     number = next(_numbers)
     request = GenerationRequest(
         request_id=str(number),
@@ -52,6 +55,7 @@ def make_sequence(num_tokens: int, *adapters: tuple[str, float]) -> Sequence:
         max_model_len=BLOCK * MAX_BLOCKS,
         eos_token_ids=frozenset(),
         seed=0,
+        invocations={d: (1000 * number + start,) for d, start in (starts or {}).items()},
     )
     blocks = -(-num_tokens // BLOCK)
     seq.block_table = [(number * 7 + 3 * i) % 101 for i in range(blocks)]
@@ -74,6 +78,10 @@ def builder(pool: PagePool) -> BatchBuilder:
     return BatchBuilder(pool, BLOCK, 8, MAX_BLOCKS, CPU)
 
 
+def applied(seq: Sequence, position: int) -> tuple[AdapterUse, ...]:
+    return next(uses for first, uses in reversed(seq.spans) if first <= position)
+
+
 def assert_right(batch: StepBatch, schedule: Schedule, pool: PagePool) -> None:
     attention, row = batch.attention, 0
     uses: list[tuple[AdapterUse, ...]] = []
@@ -90,7 +98,7 @@ def assert_right(batch: StepBatch, schedule: Schedule, pool: PagePool) -> None:
             assert attention.positions[row] == position
             slot = blocks[position // BLOCK] * BLOCK + position % BLOCK
             assert attention.slot_mapping[row] == slot
-            uses.append(s.seq.adapters)
+            uses.append(applied(s.seq, position))
             row += 1
     assert attention.query_start[-1] == row == len(batch.token_ids)
     assert attention.seq_ids == [s.seq.seq_id for s in schedule.scheduled]
@@ -125,11 +133,15 @@ compositions = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+# Of activated LoRAs: inside the prompt, inside a chunk of it, or past its end (not invoked).
+starts = st.dictionaries(st.sampled_from(sorted(RANKS)), st.integers(0, 31), max_size=2)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
         st.lists(
-            st.tuples(st.integers(1, 30), st.integers(0, 29), compositions),
+            st.tuples(st.integers(1, 30), st.integers(0, 29), compositions, starts),
             min_size=1,
             max_size=8,
         ),
@@ -142,9 +154,23 @@ def test_any_steps_read_back(steps: list[Any], pool: PagePool) -> None:
     batches = builder(pool)
     for items in steps:
         schedule = make_schedule(
-            *[(make_sequence(n, *uses), min(start, n - 1)) for n, start, uses in items]
+            *[
+                (make_sequence(n, *uses, starts=begin), min(start, n - 1))
+                for n, start, uses, begin in items
+            ]
         )
         assert_right(batches.build(schedule), schedule, pool)
+
+
+def test_rows_before_an_activation_are_in_no_tile(pool: PagePool) -> None:
+    seq = make_sequence(10, ("a", 1.0), starts={"a": 6})
+    for computed, tiles in ((0, [(6, 4, 0, 1)]), (5, [(1, 4, 0, 1)]), (6, [(0, 4, 0, 1)])):
+        lora = builder(pool).build(make_schedule((seq, computed))).lora
+        assert lora is not None
+        assert lora.host_tiles == tiles
+    assert (
+        builder(pool).build(Schedule([ScheduledSequence(seq, 0, 6, False)], 0, 6, [])).lora is None
+    )
 
 
 def test_a_decoding_batch_is_followed_as_it_grows(pool: PagePool) -> None:

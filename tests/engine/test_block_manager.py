@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from itertools import count
 from typing import Any
 
@@ -20,11 +21,14 @@ from hypothesis.stateful import (
 from loraplex.engine import block_manager as module
 from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
 from loraplex.engine.block_manager import BlockManager
-from loraplex.engine.prefix_hash import root_hash
+from loraplex.engine.prefix_hash import _activation_hash, _link, block_hashes, root_hash
 from loraplex.engine.sequence import Sequence
 
 SIZE = 4
 NUMBERS = count()
+
+
+INVOCATIONS = {"x": (5,), "y": (5,), "z": (2, 3)}  # of activated LoRAs
 
 
 def sequence(tokens: list[int], adapters: dict[str, float] | None = None, **rest: Any) -> Sequence:
@@ -43,6 +47,7 @@ def sequence(tokens: list[int], adapters: dict[str, float] | None = None, **rest
         max_model_len=1000,
         eos_token_ids=frozenset(),
         seed=0,
+        invocations=INVOCATIONS,
     )
 
 
@@ -156,12 +161,78 @@ def test_root_hash_fields_cannot_run_into_each_other() -> None:
     roots = [
         root_hash((), ""),
         root_hash((), "a"),
-        root_hash((("a", 1.0),), ""),
-        root_hash((("a", 1.0), ("b", 1.0)), ""),
-        root_hash((("ab", 1.0),), ""),
-        root_hash((("a", 2.0),), ""),
+        root_hash((AdapterUse("a"),), ""),
+        root_hash((AdapterUse("a"), AdapterUse("b")), ""),
+        root_hash((AdapterUse("ab"),), ""),
+        root_hash((AdapterUse("a", 2.0),), ""),
     ]
     assert len(set(roots)) == len(roots)
+
+
+def hits(first: list[int], second: list[int], one: Any, other: Any) -> int:
+    """Tokens of the second sequence that the first computed."""
+    blocks = BlockManager(16, SIZE)
+    compute(blocks, started(blocks, first, adapters=one))
+    return started(blocks, second, adapters=other).num_computed_tokens
+
+
+X, Y, XY = {"x": 1.0}, {"y": 1.0}, {"x": 1.0, "y": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ({}, X, 8),  # the blocks before the one in which x begins
+        (X, {}, 8),
+        (X, Y, 8),
+        (X, X, 16),
+        (XY, XY, 16),
+        (XY, X, 8),
+        (X, {"x": 0.5}, 8),
+        ({"a": 1.0}, {"a": 1.0, "x": 1.0}, 8),
+        ({"a": 1.0}, X, 0),
+        (X, {"z": 1.0}, 0),  # z begins in the first block
+    ],
+)
+def test_k_v_before_an_activation_is_shared(
+    one: dict[str, float], other: dict[str, float], shared: int
+) -> None:
+    tokens = [1, 1, 1, 1, 1, 1, 1, 1, 1, 5, *[1] * 7]
+    if "z" in other:
+        tokens[1:3] = 2, 3
+    assert hits(tokens, tokens, one, other) == shared
+
+
+def test_what_a_moved_activation_left_behind_is_not_found() -> None:
+    """A chat goes on: what ran with x after its old place is history, the base model's, by now."""
+    old = [1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1, 1]
+    assert hits(old, [*old, 1], X, X) == 12, "the activation stays where it was"
+    assert hits(old, [*old, 5, 1, 1, 1, 1], X, X) == 4
+    assert hits([*old, 1], [*old, 5, 1, 1, 1, 1], {}, X) == 12
+
+
+def test_the_place_in_the_block_counts() -> None:
+    """Equal tokens in the block, but the activation begins at another of them."""
+    INVOCATIONS["late"], INVOCATIONS["early"] = (5, 1), (5, 5)
+    tokens = [1, 1, 1, 1, 5, 5, 1, 1, 1]
+    begin = {name: sequence(tokens, {name: 1.0}).spans[1][0] for name in ("late", "early")}
+    assert begin == {"late": 5, "early": 4}
+    one, two = (block_hashes(sequence(tokens, {name: 1.0}), 2, SIZE) for name in ("late", "early"))
+    INVOCATIONS["late"] = INVOCATIONS.pop("early")  # the same adapter, had it begun earlier
+    three = block_hashes(sequence(tokens, {"late": 1.0}), 2, SIZE)
+    del INVOCATIONS["late"]
+    assert one[0] == two[0] == three[0]
+    assert len({one[1], two[1], three[1]}) == 3
+
+
+def test_an_activation_cannot_be_forged_by_tokens() -> None:
+    """The link of an activation and a block of chosen tokens may be the same bytes to hash."""
+    digest = "x" * 8
+    linked = _activation_hash(b"p" * 16, (AdapterUse(digest),), 0)
+    packed = struct.pack("<qqd", 0, len(digest), 1.0) + digest.encode()
+    tokens = struct.unpack("<4q", packed)
+    assert struct.pack("<4q", *tokens) == packed
+    assert _link(b"p" * 16 + packed) != linked
 
 
 def test_a_hash_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,12 +273,19 @@ class BlockMachine(RuleBasedStateMachine):
         return seq.block_table[position // SIZE] * SIZE + position % SIZE
 
     def expected(self, seq: Sequence, position: int) -> object:
-        return (seq.composition, seq.request.cache_salt, tuple(seq.token_ids[: position + 1]))
+        """What an entry of the KV cache depends on: tokens so far, and what applied to each."""
+        applied = tuple(
+            next(uses for first, uses in reversed(seq.spans) if first <= earlier)
+            for earlier in range(position + 1)
+        )
+        return (applied, seq.request.cache_salt, tuple(seq.token_ids[: position + 1]))
 
     @rule(
         stem=st.integers(0, 1),
         length=st.integers(1, 20),
-        adapters=st.sampled_from([{}, {"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0}]),
+        adapters=st.sampled_from(
+            [{}, {"a": 1.0}, {"a": 0.5}, {"a": 1.0, "b": 1.0}, X, XY, {"a": 1.0, "z": 1.0}]
+        ),
         cache_salt=st.sampled_from(["", "", "s"]),
         keep_available=st.integers(0, 2),
     )

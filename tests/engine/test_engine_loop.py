@@ -135,7 +135,7 @@ def test_preemption_changes_no_token() -> None:
 def test_stop_reasons() -> None:
     bench = Bench()
     tokens = [1, 2, 3]
-    stop = next_token(tokens, ())
+    stop = next_token(tokens, [()] * len(tokens))
     at_once = bench.add(tokens, stop_token_ids=(stop,))
     later = bench.add(tokens, stop_token_ids=(stop,), min_tokens=2)
     length = bench.add([5] * 60, max_tokens=None)
@@ -507,7 +507,18 @@ class EngineMachine(RuleBasedStateMachine):
         length=st.integers(1, 14),
         max_tokens=st.integers(1, 9),
         adapters=st.sampled_from(
-            [{}, {"a": 1.0}, {"a": 0.5}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"c": 1.0}, {"d": 1.0}]
+            [
+                {},
+                {"a": 1.0},
+                {"a": 0.5},
+                {"b": 1.0},
+                {"a": 1.0, "b": 1.0},
+                {"c": 1.0},
+                {"d": 1.0},
+                {"x": 1.0},
+                {"x": 1.0, "y": 1.0},
+                {"a": 1.0, "y": 1.0},
+            ]
         ),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
@@ -520,16 +531,30 @@ class EngineMachine(RuleBasedStateMachine):
         with suppress(AdapterUnavailable):  # failed lately, deleted or pinned out
             self.bench.add(prompt, **rest)
 
-    @rule(data=st.data(), max_tokens=st.integers(1, 9))
+    @rule(
+        data=st.data(),
+        max_tokens=st.integers(1, 9),
+        turn=st.sampled_from([[1], [3, 4], [1, 3, 4, 1], [5]]),
+        adapters=st.sampled_from([None, None, {}, {"x": 1.0}, {"a": 1.0, "x": 1.0}, {"y": 1.0}]),
+    )
     @precondition(lambda self: self.bench.requests)
-    def follow_up(self, data: st.DataObject, max_tokens: int) -> None:
-        """The next turn of a conversation, which finds what the last one computed."""
+    def follow_up(
+        self,
+        data: st.DataObject,
+        max_tokens: int,
+        turn: list[int],
+        adapters: dict[str, float] | None,
+    ) -> None:
+        """The next turn of a conversation, which finds what the last one computed. It may call an
+        activated LoRA, again or for the first time. adapters: None for those of the last turn.
+        """
         bench = self.bench
         request = bench.requests[data.draw(st.sampled_from(sorted(bench.requests)))]
-        prompt = [*request.prompt_token_ids, *bench.tokens[request.request_id], 1]
+        prompt = [*request.prompt_token_ids, *bench.tokens[request.request_id], *turn]
         if len(prompt) + max_tokens <= bench.max_model_len:
             with suppress(AdapterUnavailable):
                 uses = {use.digest: use.weight for use in request.adapters}
+                uses = uses if adapters is None else adapters
                 bench.add(prompt, uses, max_tokens=max_tokens)
 
     @rule()
@@ -566,7 +591,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         method=st.sampled_from(["load", "pin", "unpin", "evict", "forget", "reset_prefix_cache"]),
-        digest=st.sampled_from("abcd"),
+        digest=st.sampled_from("abcdxy"),
         tier=st.sampled_from(["device", "host"]),
         wait=st.booleans(),
         drain=st.booleans(),
@@ -591,7 +616,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "bench"):
             return
         bench = self.bench
-        for digest in "abcd":
+        for digest in "abcdxy":
             bench.engine.call(api.Call(-ord(digest), "unpin", digest=digest))
         bench.loader.succeed_from_now_on()
         # Up to 50 requests of some 20 tokens, in the worst case one token a step, some of it twice.

@@ -124,7 +124,7 @@ def test_a_token_that_ends_its_request_drops_the_row_in_flight() -> None:
 
 def test_min_tokens_counts_the_pending() -> None:
     bench = overlapped()
-    stop = next_token([1, 2], ())
+    stop = next_token([1, 2], [(), ()])
     name = bench.add([1, 2], stop_token_ids=(stop,), min_tokens=3, max_tokens=6)
     bench.run()
     assert stop not in bench.tokens[name][:3]

@@ -113,7 +113,11 @@ class Sender:
     def _check_lora(self, schedule: Schedule, inputs: StepInputs, num_rows: int) -> None:
         work = inputs.lora.plan
         assert isinstance(work, LoraWork)
-        uses = [s.seq.adapters for s in schedule.scheduled for _ in range(s.num_tokens)]
+        uses = [
+            next(uses for first, uses in reversed(s.seq.spans) if first <= position)
+            for s in schedule.scheduled
+            for position in range(s.start, s.start + s.num_tokens)
+        ]
         wanted = [
             [(page, use.weight) for use in of_row for page in self.pool.pages(use.digest)]
             for of_row in uses
@@ -164,7 +168,10 @@ class Sender:
         assert sorted(tiled) == list(range(done, num_rows))
 
 
-def make_sequence(num_tokens: int, uses: list[tuple[str, float]]) -> Sequence:
+def make_sequence(
+    num_tokens: int, uses: list[tuple[str, float]], starts: dict[str, int] | None = None
+) -> Sequence:
+    """starts: of activated LoRAs among the adapters, where in the prompt they begin."""
     number = next(_numbers)
     request = GenerationRequest(
         request_id=str(number),
@@ -175,6 +182,7 @@ def make_sequence(num_tokens: int, uses: list[tuple[str, float]]) -> Sequence:
     seq = Sequence.from_request(
         request, seq_id=number, arrival_time=0.0, max_model_len=BLOCK * MAX_BLOCKS,
         eos_token_ids=frozenset(), seed=0,
+        invocations={d: (100 * number + start,) for d, start in (starts or {}).items()},
     )  # fmt: skip
     seq.block_table = [(number * 7 + 3 * i) % 101 for i in range(-(-num_tokens // BLOCK))]
     return seq
@@ -202,10 +210,15 @@ compositions = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+starts = st.dictionaries(st.sampled_from(sorted(RANKS)), st.integers(0, 30), max_size=2)
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     lives=st.lists(
-        st.tuples(st.integers(1, 29), st.lists(st.integers(1, 20), max_size=4), compositions),
+        st.tuples(
+            st.integers(1, 29), st.lists(st.integers(1, 20), max_size=4), compositions, starts
+        ),
         min_size=1,
         max_size=MAX_SEQS,
     ),
@@ -214,7 +227,7 @@ compositions = st.lists(
 def test_sequences_live_through_steps(lives: Any, batch_invariant: bool, pool: PagePool) -> None:
     """Each prefills in chunks of its own, then decodes tokens that only the device knows."""
     sender = Sender(pool, batch_invariant)
-    sequences = [(make_sequence(n, uses), [*chunks]) for n, chunks, uses in lives]
+    sequences = [(make_sequence(n, uses, begin), [*chunks]) for n, chunks, uses, begin in lives]
     sender.metadata.last_tokens.random_(0, 1 << 40)
     for _ in range(5):
         items = []
