@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 from loraplex.engine.structs import Raw, Struct
 
@@ -56,9 +57,15 @@ class AdapterUse(Struct, frozen=True, array_like=True):
     weight: float = 1.0
 
 
+Pooling = Literal["mean", "last"]
+
+
 class GenerationRequest(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One sequence to generate. `request_id` is unique among live requests. No adapters = the
     base model.
+
+    With `pooling` nothing is generated: its only output carries the mean of the prompt's final
+    hidden states (normed, as the output head gets them), or the last of them.
     """
 
     request_id: str
@@ -67,6 +74,7 @@ class GenerationRequest(Struct, frozen=True, omit_defaults=True, kw_only=True):
     adapters: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""  # requests share prefix-cache blocks only with equal salts
     priority: int = 0  # lower runs first
+    pooling: Pooling | None = None
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -105,6 +113,7 @@ class SequenceOutput(Struct, frozen=True, omit_defaults=True, kw_only=True):
     # their invocation tokens are not in the prompt; with the first output.
     not_invoked: list[str] = []  # noqa: RUF012
     error: ErrorInfo | None = None  # set exactly when finish_reason is ERROR
+    embedding: bytes | None = None  # float32, little endian: of a request with `pooling`
     # Seconds waited before first being scheduled; with the first output.
     queue_s: float | None = None
 
@@ -146,6 +155,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     generation_defaults: dict[str, float | int]
     modules: list[ModuleShape]  # every module adapters may change
     num_parameters: int
+    hidden_size: int = 0  # numbers in an embedding; 0 = not known
 
 
 class MemoryInfo(Struct, frozen=True, kw_only=True):

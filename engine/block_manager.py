@@ -151,7 +151,7 @@ class BlockManager:
     # --- inside ---------------------------------------------------------------------------------
 
     def _find_prefix(self, seq: Sequence) -> list[int]:
-        if not self.enable_prefix_cache or seq.wants_prompt_logprobs:
+        if not self.enable_prefix_cache or seq.needs_all_rows:
             return []  # prompt log-probabilities need every prompt token computed
         size = self.block_size
         max_blocks = (seq.num_tokens - 1) // size

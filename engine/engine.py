@@ -239,6 +239,8 @@ class Engine:
                 continue
             if sample.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(sample.prompt_logprobs)
+            if sample.embedding is not None:
+                self._end_pooled(seq, sample.embedding)
             if item.samples:
                 assert sample.token_id is not None, f"sequence {seq.seq_id} got no token"
                 self._append(seq, sample.token_id, sample)
@@ -268,6 +270,19 @@ class Engine:
             self._outputs.append(output)
         else:
             self._end(seq, output)
+
+    def _end_pooled(self, seq: Sequence, embedding: bytes) -> None:
+        assert seq.first_scheduled_time is not None
+        self._end(
+            seq,
+            SequenceOutput(
+                request_id=seq.request_id,
+                finish_reason=FinishReason.STOP,
+                num_cached_tokens=seq.num_cached_tokens,
+                queue_s=seq.first_scheduled_time - seq.arrival_time,
+                embedding=embedding,
+            ),
+        )
 
     def _fail_step(self, sequences: list[Sequence], error: Exception) -> None:
         """What the step would have computed is unknown now: those who build on it end, and nobody

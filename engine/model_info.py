@@ -65,6 +65,7 @@ def describe_model(
         },
         modules=model.modules(),
         num_parameters=sum(math.prod(shape) for shape in model.tensor_shapes().values()),
+        hidden_size=model.hidden_size,
     )
 
 

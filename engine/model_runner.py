@@ -12,6 +12,7 @@ from torch import Tensor
 from loraplex.engine.api import TokenLogprobs
 from loraplex.engine.batch import BatchBuilder
 from loraplex.engine.model import Decoder
+from loraplex.engine.pooling import Pooler
 from loraplex.engine.sampling import Sampler, prompt_targets, token_logprobs
 from loraplex.engine.seams import Schedule, StepSample
 from loraplex.kernels.ops import KVCache
@@ -30,11 +31,13 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self._batches = batches
         self._sampler = sampler
+        self._pooler = Pooler()
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> list[StepSample]:
         """Run the step; `collect` has nothing left to wait for."""
         self._sampler.forget(schedule.released_seq_ids)
+        self._pooler.forget(schedule.released_seq_ids)
         batch = self._batches.build(schedule)
         hidden = self.decoder.forward(batch.token_ids, self.kv_cache, batch.attention, batch.lora)
         scheduled = schedule.scheduled
@@ -62,6 +65,10 @@ class ModelRunner:
                         s.seq.sampling.prompt_logprobs or 0,
                     ),
                 )
+            if s.seq.request.pooling is not None:
+                vector = self._pooler.add(s, hidden[ends[i] - s.num_tokens : ends[i]])
+                if vector is not None:
+                    samples[i] = StepSample(embedding=vector.numpy().astype("<f4").tobytes())
         return samples
 
     def collect(self, handle: list[StepSample]) -> list[StepSample]:

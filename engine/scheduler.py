@@ -205,7 +205,7 @@ class Scheduler:
     def _choose(self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
         start = seq.num_computed_tokens
         self._blocks.publish(seq, start + num_tokens)
-        samples = start + num_tokens == seq.num_tokens
+        samples = start + num_tokens == seq.num_tokens and seq.request.pooling is None
         feeds_back = start >= len(seq.token_ids)
         chosen.append(ScheduledSequence(seq, start, num_tokens, samples, feeds_back))
         return num_tokens

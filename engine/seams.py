@@ -37,6 +37,12 @@ class ScheduledSequence:
         return self.num_tokens == 1 and self.samples
 
     @property
+    def pools(self) -> bool:
+        """The run reaches the end of a prompt that is to become one vector."""
+        end = self.start + self.num_tokens
+        return self.seq.request.pooling is not None and end == self.seq.num_prompt_tokens
+
+    @property
     def num_prompt_logprobs(self) -> int:
         """How many prompt log-probabilities this run owes: one per row whose next token is in the
         prompt.
@@ -73,6 +79,7 @@ class StepSample:
     prompt_logprobs: list[TokenLogprobs] | None = (
         None  # `ScheduledSequence.num_prompt_logprobs` entries
     )
+    embedding: bytes | None = None  # float32, little endian: of a run that `pools`
 
 
 class Runner(Protocol):

@@ -168,6 +168,11 @@ class Sequence:
         return self.sampling.prompt_logprobs is not None and is_first_unknown
 
     @property
+    def needs_all_rows(self) -> bool:
+        """Of the whole prompt, so the prefix cache is of no use to it."""
+        return self.wants_prompt_logprobs or self.request.pooling == "mean"
+
+    @property
     def suppressed_token_ids(self) -> frozenset[int]:
         """What the sampler must not choose now: tokens that would end it before `min_tokens`."""
         if self.num_output_tokens >= self.sampling.min_tokens:

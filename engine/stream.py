@@ -34,6 +34,7 @@ class TextChunk:
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     num_cached_tokens: int | None = None
     queue_s: float | None = None
+    embedding: bytes | None = None  # float32, little endian
 
     def extend(self, later: TextChunk) -> None:
         self.text += later.text
@@ -46,6 +47,8 @@ class TextChunk:
             self.num_cached_tokens = later.num_cached_tokens
         if later.queue_s is not None:
             self.queue_s = later.queue_s
+        if later.embedding is not None:
+            self.embedding = later.embedding
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
 
@@ -150,6 +153,7 @@ class Stream:
             output.stop_token_id,
             output.num_cached_tokens,
             output.queue_s,
+            output.embedding,
         )
 
     def _search(self, chunk: TextChunk, finder: StopStrings) -> TextChunk:

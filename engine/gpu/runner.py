@@ -22,8 +22,10 @@ from loraplex.engine.gpu.graphs import DecodeGraphs, GraphBackend
 from loraplex.engine.gpu.host_step import HostStep, HostSteps
 from loraplex.engine.gpu.metadata import Metadata, StepInputs
 from loraplex.engine.gpu.state_rows import StateRows
+from loraplex.engine.gpu.transfers import Arrival
 from loraplex.engine.model import Decoder
 from loraplex.engine.model_runner import PROMPT_LOGPROB_ROWS
+from loraplex.engine.pooling import Pooler
 from loraplex.engine.sampling import Sampled, prompt_targets
 from loraplex.engine.seams import Schedule, StepSample
 from loraplex.engine.sequence import Sequence
@@ -49,6 +51,7 @@ class StepHandle:
     places: list[int]  # of those that sample, in the schedule
     sampled: Any  # the sampler's handle; None: nobody samples
     prompt_logprobs: list[tuple[int, list[PromptLogprobs]]]  # by place
+    embeddings: list[tuple[int, Arrival]]  # by place
     over: Any  # an event after all of the step
 
 
@@ -83,6 +86,7 @@ class GpuRunner:
         self.states = StateRows(limits.max_num_seqs)
         self._pool = pool
         self._sampler = sampler
+        self._pooler = Pooler()
         self._device = device
         attention = AttentionPlanner(
             decoder.config.num_heads, kv_cache, device, batch_invariant=batch_invariant
@@ -110,6 +114,8 @@ class GpuRunner:
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """These sequences left the running set."""
+        seq_ids = list(seq_ids)
+        self._pooler.forget(seq_ids)
         self._sampler.forget(self.states.release(seq_ids))
 
     @torch.inference_mode()
@@ -124,6 +130,7 @@ class GpuRunner:
                 places=[i for i, s in enumerate(schedule.scheduled) if s.samples],
                 sampled=self._sample(step, inputs, hidden),
                 prompt_logprobs=self._prompt_logprobs(step, hidden),
+                embeddings=self._embeddings(step, hidden),
                 over=mark(self._device),
             )
 
@@ -141,6 +148,9 @@ class GpuRunner:
             for place, parts in handle.prompt_logprobs:
                 found = [entry for part in parts for entry in part.collect()]
                 samples[place] = StepSample(samples[place].token_id, samples[place].logprobs, found)
+            for place, arrival in handle.embeddings:
+                [vector] = arrival.wait()
+                samples[place] = StepSample(embedding=vector.astype("<f4").tobytes())
         return samples
 
     def _run(self, step: HostStep) -> tuple[StepInputs, Tensor]:
@@ -178,6 +188,16 @@ class GpuRunner:
         # A captured step's rows are all multiplied: its few sizes are known to the library by now.
         logits = self.decoder.logits(hidden)[:count]
         return self._sampler.launch(logits, step.sampling, self._metadata.last_tokens)
+
+    def _embeddings(self, step: HostStep, hidden: Tensor) -> list[tuple[int, Arrival]]:
+        found = []
+        for place, s in enumerate(step.schedule.scheduled):
+            if s.seq.request.pooling is not None:
+                row = step.query_start[place]
+                vector = self._pooler.add(s, hidden[row : row + s.num_tokens])
+                if vector is not None:
+                    found.append((place, Arrival(vector)))
+        return found
 
     def _prompt_logprobs(
         self, step: HostStep, hidden: Tensor

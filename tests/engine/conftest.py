@@ -219,6 +219,16 @@ class Reference:
         self._model.set_adapter(adapter)
         return self._model(torch.tensor([token_ids])).logits[0]
 
+    @torch.inference_mode()
+    def hidden(self, token_ids: list[int], adapter: str | None) -> Tensor:
+        """`[tokens, hidden]`, behind the final norm."""
+        inputs = torch.tensor([token_ids])
+        if adapter is None:
+            with self._model.disable_adapter():
+                return self._model(inputs, output_hidden_states=True).hidden_states[-1][0]
+        self._model.set_adapter(adapter)
+        return self._model(inputs, output_hidden_states=True).hidden_states[-1][0]
+
     def continues(self, prompt: list[int], tokens: list[int], adapter: str | None) -> bool:
         """Greedy decoding of `prompt` gives `tokens`: each is the likeliest after those before."""
         logits = self.logits(prompt + tokens, adapter)
