@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraplex.platform.cli import output
+from loraplex.platform.cli.bench_overhead import overhead
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.server_api import ApiKey, AsJson, ServerApi
 
@@ -24,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Measure a server, and what it is compared with.",
 )
+
+app.command()(overhead)
 
 PromptLen = Annotated[str, typer.Option(help="Tokens per prompt; LOW:HIGH draws from [LOW, HIGH).")]
 OutputLen = Annotated[str, typer.Option(help="Tokens per answer; LOW:HIGH draws from [LOW, HIGH).")]
