@@ -30,6 +30,7 @@ from loraplex.platform.alias_service import AliasService
 from loraplex.platform.auth import AuthMiddleware
 from loraplex.platform.body_limit import BodyLimitMiddleware
 from loraplex.platform.db import Database
+from loraplex.platform.embeddings import EmbeddingService
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
@@ -38,7 +39,16 @@ from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
-from loraplex.platform.routes import adapters, admin, aliases, health, openai, pulls, tenants
+from loraplex.platform.routes import (
+    adapters,
+    admin,
+    aliases,
+    health,
+    openai,
+    pulls,
+    tenants,
+    tokens,
+)
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
@@ -49,6 +59,7 @@ from loraplex.platform.sources.pulled_adapters import PulledAdapters
 from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.sources.watcher import Watcher
 from loraplex.platform.tenant_service import TenantService
+from loraplex.platform.token_service import TokenService
 from loraplex.platform.usage import UsageMeter
 
 log = logging.getLogger(__name__)
@@ -120,6 +131,8 @@ def create_app(
                 resolver,
                 None if settings.tool_format == "auto" else settings.tool_format,
             ),
+            embeddings=EmbeddingService(serving, resolver),
+            tokens=TokenService(resolver),
             metrics=RequestMetrics(),
             usage=UsageMeter(db),
             base_name=served_name(settings.model, settings.served_model_name),
@@ -154,7 +167,7 @@ def create_app(
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (pulls, adapters, aliases, admin, tenants, openai, health):
+    for routes in (pulls, adapters, aliases, admin, tenants, openai, tokens, health):
         app.include_router(routes.router)
     return app
 

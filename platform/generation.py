@@ -65,7 +65,7 @@ class Timing:
     def mark(self, previous: float | None, num_tokens: int) -> float:
         """Tokens of a sequence came, whose `previous` ones came then. Returns now."""
         now = time.perf_counter()
-        if self.first_token is None:
+        if self.first_token is None and num_tokens:
             self.first_token = now
         if previous is not None and num_tokens:
             self.intervals.append(((now - previous) / num_tokens, num_tokens))
@@ -74,10 +74,16 @@ class Timing:
 
 
 class Generation:
-    """`choices[i].index == i`; choices of the same prompt share its list of token ids."""
+    """`choices[i].index == i`; choices of the same prompt share its list of token ids.
 
-    def __init__(self, engine: EnginePort, choices: Sequence[Choice]) -> None:
+    max_parallel: so many are given to the engine at once; the others wait here, not in its queue.
+    """
+
+    def __init__(
+        self, engine: EnginePort, choices: Sequence[Choice], max_parallel: int | None = None
+    ) -> None:
         self.choices = choices
+        self._places = asyncio.Semaphore(max_parallel or len(choices))
         self.timing = Timing()
         self._engine = engine
 
@@ -129,8 +135,9 @@ class Generation:
 
         async def run(choice: Choice) -> None:
             try:
-                async for delta in self._follow(choice):
-                    queue.put_nowait(delta)
+                async with self._places:
+                    async for delta in self._follow(choice):
+                        queue.put_nowait(delta)
                 queue.put_nowait(None)
             except Exception as error:
                 queue.put_nowait(error)

@@ -13,53 +13,23 @@ from typing import Any
 
 import msgspec
 
-from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.engine.api import GenerationRequest, SamplingParams
 from loraplex.platform.callers import Caller
 from loraplex.platform.chat.parsing import Parsing
 from loraplex.platform.chat.tool_formats import FormatName
 from loraplex.platform.chat_prompt import find_parsing, marks_are_special, render_chat
 from loraplex.platform.chat_schemas import ChatBody
+from loraplex.platform.composition import Composer, Composition
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.generation import Choice, Generation, TextOptions
 from loraplex.platform.openai_format import Answer, Kind
 from loraplex.platform.openai_schemas import MAX_CHOICES, CompletionBody, GenerationBody
 from loraplex.platform.prompts import Prompt, check_token_ids, encode_prompts, encode_text, fit
-from loraplex.platform.resolution import ResolvedAdapter, Resolver
+from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
 
 BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
-
-
-@dataclass(frozen=True, slots=True)
-class Composition:
-    """The adapters of one request, in order, with their weights."""
-
-    members: tuple[tuple[ResolvedAdapter, float], ...] = ()
-
-    def uses(self) -> tuple[AdapterUse, ...]:
-        return tuple(AdapterUse(adapter.digest, weight) for adapter, weight in self.members)
-
-    def objects(self) -> tuple[dict[str, Any], ...]:
-        objects = []
-        for adapter, weight in self.members:
-            item: dict[str, Any] = {
-                "id": adapter.name,
-                "version": adapter.version,
-                "digest": f"sha256:{adapter.digest}",
-            }
-            if len(self.members) > 1:
-                item["weight"] = weight
-            objects.append(item)
-        return tuple(objects)
-
-    def headers(self) -> dict[str, str]:
-        if not self.members:
-            return {}
-        return {
-            "x-adapter-version": ",".join(adapter.reference for adapter, _ in self.members),
-            "x-adapter-digest": ",".join(f"sha256:{adapter.digest}" for adapter, _ in self.members),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +52,7 @@ class InferenceService:
         self, engine: EnginePort, resolver: Resolver, tool_format: FormatName | None = None
     ) -> None:
         self._engine = engine
-        self._resolver = resolver
+        self._composer = Composer(resolver)
         self._tool_format = tool_format
 
     async def prepare_completion(
@@ -94,7 +64,7 @@ class InferenceService:
     ) -> Prepared:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
-        name, composition = await self._composition(body, model, caller, sticky_key)
+        name, composition = await self._composer.compose(body, model, caller, sticky_key)
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [
             fit(prompt, body.truncate_prompt_tokens, model, "prompt")
@@ -133,7 +103,7 @@ class InferenceService:
         _refuse_unsupported(body)
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
-        name, composition = await self._composition(body, model, caller, sticky_key)
+        name, composition = await self._composer.compose(body, model, caller, sticky_key)
         text = await render_chat(body, model)
         prompt = await encode_text(text, model, bool(body.add_special_tokens), param="messages")
         prompt = fit(prompt, body.truncate_prompt_tokens, model, "messages")
@@ -234,55 +204,6 @@ class InferenceService:
             body.num_choices,
             body.requested_max_tokens,
         )
-
-    async def _composition(
-        self, body: GenerationBody, model: ServedModel, caller: Caller, sticky_key: str | None
-    ) -> tuple[str, Composition]:
-        """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters`
-        mean together. What they mean is decided here, once for the whole request.
-        """
-        key = sticky_key or body.user or uuid.uuid4().hex
-        by_model = None
-        if body.model and body.model not in (model.name, model.info.name):
-            by_model = await self._by_model(caller, body.model, key)
-        if body.adapters:
-            members = [(item.id, item.weight) for item in body.adapters]
-            param = "adapters"
-        else:
-            members = [(body.adapter_id, 1.0)] if body.adapter_id else []
-            param = "adapter_id"
-        resolved = [
-            (await self._resolver.choose(caller, text, key, param=param), weight)
-            for text, weight in members
-        ]
-        if by_model is not None:
-            if resolved and [adapter.digest for adapter, _ in resolved] != [by_model.digest]:
-                raise ApiError(
-                    "invalid_request",
-                    f"model names adapter {body.model!r} and {param} another one; send one of them",
-                    param=param,
-                )
-            resolved = resolved or [(by_model, 1.0)]
-        digests = [adapter.digest for adapter, _ in resolved]
-        if len(set(digests)) != len(digests):
-            raise ApiError(
-                "invalid_request",
-                "the composition names one adapter twice; add up its weights",
-                param="adapters",
-            )
-        return body.model or model.name, Composition(tuple(resolved))
-
-    async def _by_model(self, caller: Caller, text: str, key: str) -> ResolvedAdapter:
-        try:
-            return await self._resolver.choose(caller, text, key, param="model")
-        except ApiError as error:
-            if error.code == "adapter_not_found" and not set(text) & {"@", ":"}:
-                raise ApiError(
-                    "model_not_found",
-                    f"there is no model or adapter {text[:140]!r}; GET /v1/models lists them",
-                    param="model",
-                ) from None
-            raise
 
 
 def _check_token_lists(body: GenerationBody, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ encode = msgspec.json.encode
 
 DONE = b"data: [DONE]\n\n"
 
-Kind = Literal["completion", "chat"]
+Kind = Literal["completion", "chat", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ class AdapterWeight(BaseModel):
     weight: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
 
 
-class GenerationBody(BaseModel):
-    """What both inference routes take."""
+class AdapterChoice(BaseModel):
+    """Which adapters, and for whom: what every inference route takes."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
@@ -51,6 +51,21 @@ class GenerationBody(BaseModel):
     adapters: Annotated[list[AdapterWeight], Field(max_length=MAX_ADAPTERS)] | None = Field(
         None, description="A weighted composition of adapters, applied at run time."
     )
+    user: str | None = None
+
+    # Of fields that exclude each other the one that comes later is the one at fault.
+
+    @field_validator("adapters")
+    @classmethod
+    def _one_way_to_name_adapters(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("adapter_id"):
+            raise ValueError("adapter_id and adapters exclude each other; send one of them")
+        return value
+
+
+class GenerationBody(AdapterChoice):
+    """What the routes that generate text take."""
+
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None,
@@ -87,7 +102,6 @@ class GenerationBody(BaseModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    user: str | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     use_beam_search: bool | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
@@ -100,15 +114,6 @@ class GenerationBody(BaseModel):
     @classmethod
     def _no_stop_is_none(cls, value: Any) -> Any:
         return None if value in ("", []) else value
-
-    # Of fields that exclude each other the one that comes later is the one at fault.
-
-    @field_validator("adapters")
-    @classmethod
-    def _one_way_to_name_adapters(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("adapter_id"):
-            raise ValueError("adapter_id and adapters exclude each other; send one of them")
-        return value
 
     @field_validator("stream_options")
     @classmethod

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from loraplex.engine.errors import EngineError
 from loraplex.platform import errors
+from loraplex.platform.embeddings import VectorForm, written
 from loraplex.platform.inference import Prepared
 from loraplex.platform.openai_format import Collected, StreamWriter, encode, whole
 
@@ -102,6 +103,28 @@ class GenerationResponse(Response):
             for name, value in self._prepared.composition.headers().items()
         ]
         return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
+class EmbeddingResponse(GenerationResponse):
+    """One vector for each prompt, when all are there."""
+
+    def __init__(self, prepared: Prepared, on_end: OnEnd, form: VectorForm) -> None:
+        super().__init__(prepared, on_end)
+        self._form = form
+
+    async def _whole(self, send: Send) -> str:
+        generation = self._prepared.generation
+        vectors: dict[int, bytes] = {}
+        async with aclosing(generation.deltas()) as deltas:
+            async for index, chunk in deltas:
+                assert chunk.embedding is not None, "a pooled request without a vector"
+                vectors[index] = chunk.embedding
+        answer = await asyncio.to_thread(
+            lambda: encode(written(self._prepared.answer, generation, vectors, self._form))
+        )
+        await send(self._start(b"application/json", len(answer)))
+        await send({"type": "http.response.body", "body": answer})
+        return self._finish_reason()
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, str]) -> str | None:

@@ -14,6 +14,7 @@ from loraplex.platform.admin_service import AdminService
 from loraplex.platform.alias_service import AliasService
 from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
+from loraplex.platform.embeddings import EmbeddingService
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
@@ -26,6 +27,7 @@ from loraplex.platform.settings import Settings
 from loraplex.platform.sources.pulled_adapters import PulledAdapters
 from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.tenant_service import TenantService
+from loraplex.platform.token_service import TokenService
 from loraplex.platform.usage import UsageMeter
 
 
@@ -47,6 +49,8 @@ class Runtime:
     aliases: AliasService
     admin: AdminService
     inference: InferenceService
+    embeddings: EmbeddingService
+    tokens: TokenService
     metrics: RequestMetrics
     usage: UsageMeter
     base_name: str

@@ -9,9 +9,10 @@ from fastapi.responses import JSONResponse
 
 from loraplex.platform.callers import Caller
 from loraplex.platform.chat_schemas import ChatBody
+from loraplex.platform.embedding_schemas import EmbeddingBody
 from loraplex.platform.errors import ApiError
 from loraplex.platform.openai_schemas import CompletionBody
-from loraplex.platform.responses import GenerationResponse
+from loraplex.platform.responses import EmbeddingResponse, GenerationResponse
 from loraplex.platform.runtime import Runtime, caller, runtime
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -53,6 +54,16 @@ async def chat_completions(
     """Answer a chat, formatted by the model's chat template."""
     prepared = await state.inference.prepare_chat(body, state.served_model(), who, sticky_key)
     return GenerationResponse(prepared, state.generation_ended)
+
+
+@router.post("/embeddings")
+async def embeddings(
+    body: EmbeddingBody, state: State, who: Who, sticky_key: StickyKey = None
+) -> Response:
+    """Vectors of texts: pooled final hidden states of the base model or an adapter."""
+    model = state.served_model()
+    prepared, form = await state.embeddings.prepare(body, model, who, sticky_key)
+    return EmbeddingResponse(prepared, state.generation_ended, form)
 
 
 @router.get("/models")

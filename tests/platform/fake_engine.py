@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -111,6 +112,7 @@ def model_info(**changes: Any) -> ModelInfo:
         "generation_defaults": {},
         "modules": modules,
         "num_parameters": 1000,
+        "hidden_size": 4,
     }
     return ModelInfo(**{**fields, **changes})
 
@@ -195,6 +197,12 @@ class FakeEngine:
         self.running[request.request_id] = request
         for use in request.adapters:
             self.residents[use.digest] = AdapterState.DEVICE
+        if request.pooling is not None:
+            await asyncio.sleep(0)
+            vector = struct.pack("<4f", *_vector(request))
+            del self.running[request.request_id]
+            yield TextChunk("", [], finish_reason=FinishReason.STOP, embedding=vector)
+            return
         stream = Stream(request, self._tokenizer, **text)
         try:
             async for output in self._tokens(request):
@@ -400,6 +408,12 @@ class FakeEngine:
     def _refuse_in_use(self, digest: str) -> None:
         if self._uses(digest):
             raise AdapterInUse(f"{self._uses(digest)} requests run on adapter {digest[:12]}")
+
+
+def _vector(request: GenerationRequest) -> list[float]:
+    """Says what it was asked: the first id, the last, how many, and how to pool."""
+    ids = request.prompt_token_ids
+    return [ids[0], ids[-1], len(ids), 1.0 if request.pooling == "mean" else -1.0]
 
 
 def _logprobs(token: int, top: int | None) -> TokenLogprobs:

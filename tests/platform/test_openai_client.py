@@ -78,6 +78,16 @@ async def test_chat(client: openai.AsyncOpenAI) -> None:
     assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + 3
 
 
+async def test_embeddings(client: openai.AsyncOpenAI) -> None:
+    """The client asks for base64 by itself, and makes numbers of it."""
+    answer = await client.embeddings.create(model="tiny", input=["ab", "c"])
+    assert [item.index for item in answer.data] == [0, 1]
+    assert answer.data[0].embedding[0] / answer.data[0].embedding[1] == pytest.approx(97 / 98)
+    plain = await client.embeddings.create(model="tiny", input="ab", encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(answer.data[0].embedding)
+    assert plain.usage.prompt_tokens == 2
+
+
 async def test_models(client: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in client.models.list()] == ["tiny"]
     assert (await client.models.retrieve("tiny")).id == "tiny"

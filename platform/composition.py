@@ -1,0 +1,102 @@
+"""Which adapters a request runs on: what `model`, `adapter_id` and `adapters` mean together."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.engine.api import AdapterUse
+from loraplex.platform.callers import Caller
+from loraplex.platform.errors import ApiError
+from loraplex.platform.openai_schemas import AdapterChoice
+from loraplex.platform.resolution import ResolvedAdapter, Resolver
+from loraplex.platform.served_model import ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """The adapters of one request, in order, with their weights."""
+
+    members: tuple[tuple[ResolvedAdapter, float], ...] = ()
+
+    def uses(self) -> tuple[AdapterUse, ...]:
+        return tuple(AdapterUse(adapter.digest, weight) for adapter, weight in self.members)
+
+    def objects(self) -> tuple[dict[str, Any], ...]:
+        objects = []
+        for adapter, weight in self.members:
+            item: dict[str, Any] = {
+                "id": adapter.name,
+                "version": adapter.version,
+                "digest": f"sha256:{adapter.digest}",
+            }
+            if len(self.members) > 1:
+                item["weight"] = weight
+            objects.append(item)
+        return tuple(objects)
+
+    def headers(self) -> dict[str, str]:
+        if not self.members:
+            return {}
+        return {
+            "x-adapter-version": ",".join(adapter.reference for adapter, _ in self.members),
+            "x-adapter-digest": ",".join(f"sha256:{adapter.digest}" for adapter, _ in self.members),
+        }
+
+
+class Composer:
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    async def compose(
+        self, body: AdapterChoice, model: ServedModel, caller: Caller, sticky_key: str | None
+    ) -> tuple[str, Composition]:
+        """The model name to answer with, and the adapters that `model`, `adapter_id` and `adapters`
+        mean together. What they mean is decided here, once for the whole request.
+
+        Raises: ApiError(adapter_not_found | model_not_found | adapter_not_ready |
+        adapter_proof_failed | invalid_request).
+        """
+        key = sticky_key or body.user or uuid.uuid4().hex
+        by_model = None
+        if body.model and body.model not in (model.name, model.info.name):
+            by_model = await self._by_model(caller, body.model, key)
+        if body.adapters:
+            members = [(item.id, item.weight) for item in body.adapters]
+            param = "adapters"
+        else:
+            members = [(body.adapter_id, 1.0)] if body.adapter_id else []
+            param = "adapter_id"
+        resolved = [
+            (await self._resolver.choose(caller, text, key, param=param), weight)
+            for text, weight in members
+        ]
+        if by_model is not None:
+            if resolved and [adapter.digest for adapter, _ in resolved] != [by_model.digest]:
+                raise ApiError(
+                    "invalid_request",
+                    f"model names adapter {body.model!r} and {param} another one; send one of them",
+                    param=param,
+                )
+            resolved = resolved or [(by_model, 1.0)]
+        digests = [adapter.digest for adapter, _ in resolved]
+        if len(set(digests)) != len(digests):
+            raise ApiError(
+                "invalid_request",
+                "the composition names one adapter twice; add up its weights",
+                param="adapters",
+            )
+        return body.model or model.name, Composition(tuple(resolved))
+
+    async def _by_model(self, caller: Caller, text: str, key: str) -> ResolvedAdapter:
+        try:
+            return await self._resolver.choose(caller, text, key, param="model")
+        except ApiError as error:
+            if error.code == "adapter_not_found" and not set(text) & {"@", ":"}:
+                raise ApiError(
+                    "model_not_found",
+                    f"there is no model or adapter {text[:140]!r}; GET /v1/models lists them",
+                    param="model",
+                ) from None
+            raise
