@@ -49,7 +49,7 @@ from loraplex.platform.schemas import (
     Freed,
 )
 from loraplex.platform.served_model import ServedModel
-from loraplex.platform.tenant_repositories import require_tenant
+from loraplex.platform.tenant_repositories import check_storage, require_tenant
 
 ARCHIVE_FILE = "archive"
 MAX_RETRIES = 8
@@ -146,7 +146,7 @@ class AdapterService:
 
         Raises: ApiError, AdapterRefused (with every problem found), StorageFull.
         """
-        caller.check_may_register()
+        await self._check_room(caller)
         async with self.staging() as staging:
             upload = await uploads.receive_upload(
                 chunks, content_type, self._writers(staging), self._max_upload_bytes
@@ -157,6 +157,13 @@ class AdapterService:
             )
             adapter, created = await self.admit(caller, order, staging, manifest, model)
         return adapter_view.adapter_object(caller, adapter, await self.residency()), created
+
+    async def _check_room(self, caller: Caller) -> None:
+        """Before anything is received. Raises: ApiError."""
+        caller.check_may_register()
+        async with self._db.read() as session:
+            tenant = await require_tenant(session, caller.home)
+            await check_storage(session, tenant, is_new=False, size=1)
 
     async def admit(
         self,
@@ -174,7 +181,11 @@ class AdapterService:
         """
         async with self._files_lock:
             await asyncio.to_thread(self._store.commit, staging, manifest)
-            adapter, created = await self._insert(caller, order, manifest, model, source)
+            try:
+                adapter, created = await self._insert(caller, order, manifest, model, source)
+            except ApiError:
+                await self._remove_unused(manifest.digest)
+                raise
         self._resolver.forget()
         self._on_registered()
         return adapter, created
@@ -241,7 +252,7 @@ class AdapterService:
     ) -> tuple[Adapter, bool]:
         caller.check_may_register(order.name)
         async with self._db.unit_of_work() as session:
-            await require_tenant(session, caller.home)
+            tenant = await require_tenant(session, caller.home)
             adapters = AdapterRepository(session, caller)
             adapter = await adapters.get(order.name, include_deleted=True)
             if adapter is None:
@@ -267,6 +278,9 @@ class AdapterService:
             if order.metadata is not None:
                 adapter.metadata_ = order.metadata
             if created:
+                await check_storage(
+                    session, tenant, is_new=not adapter.versions, size=manifest.size_bytes
+                )
                 newest = AdapterVersion(
                     version=adapter.next_version,
                     digest=manifest.digest,
@@ -415,11 +429,15 @@ class AdapterService:
             )
         self._resolver.forget()
         for digest in {row.digest for row in leaving}:
-            async with self._db.read() as session:
-                in_use = await ContentRepository(session).in_use(digest)
-            if not in_use:
-                freed.disk_bytes += await asyncio.to_thread(self._store.remove, digest)
+            freed.disk_bytes += await self._remove_unused(digest)
         return AdapterDeleted(id=name, versions=[row.version for row in leaving], freed=freed)
+
+    async def _remove_unused(self, digest: str) -> int:
+        """Remove files that no version has any more, and tell their bytes. Under the files lock."""
+        async with self._db.read() as session:
+            if await ContentRepository(session).in_use(digest):
+                return 0
+        return await asyncio.to_thread(self._store.remove, digest)
 
     async def _set_status(self, rows: list[AdapterVersion], status: str) -> None:
         async with self._db.unit_of_work() as session:

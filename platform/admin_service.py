@@ -15,11 +15,11 @@ from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
+from loraplex.platform.limits import Admission
 from loraplex.platform.models import AdapterVersion
 from loraplex.platform.repositories import AdapterRepository, AuditRepository
 from loraplex.platform.residency_log import MAX_KEPT, ResidencyLog
 from loraplex.platform.resolution import ResolvedAdapter, Resolver
-from loraplex.platform.running import RunningRequests
 from loraplex.platform.schemas import (
     AdapterRoom,
     Event,
@@ -52,13 +52,14 @@ class AdminService:
         engine: EnginePort,
         adapters: AdapterService,
         resolver: Resolver,
+        admission: Admission,
     ) -> None:
         self._db = db
         self._resolver = resolver
         self._store = store
         self._engine = engine
         self._adapters = adapters
-        self.running = RunningRequests()
+        self._admission = admission
         self.residency_log = ResidencyLog()
         engine.on_event(self.residency_log.hear)
 
@@ -205,7 +206,7 @@ class AdminService:
         """Running and waiting sequences; a tenant sees those that its own keys began."""
         infos = await self._engine.requests()
         if not caller.is_operator:
-            infos = [info for info in infos if self.running.is_of(info.request_id, caller)]
+            infos = [info for info in infos if self._admission.is_of(info.request_id, caller)]
         names = await self._named(caller, (digest for info in infos for digest in info.digests))
         return RequestList(
             data=[

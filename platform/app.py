@@ -26,6 +26,7 @@ from loraplex.engine.errors import EngineError, InvalidRequest
 from loraplex.platform import errors
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
+from loraplex.platform.admission import AdmissionMiddleware
 from loraplex.platform.alias_service import AliasService
 from loraplex.platform.auth import AuthMiddleware
 from loraplex.platform.body_limit import BodyLimitMiddleware
@@ -35,6 +36,7 @@ from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
 from loraplex.platform.keys import KeyRing
+from loraplex.platform.limits import Admission
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
@@ -49,6 +51,7 @@ from loraplex.platform.routes import (
     tenants,
     tokens,
 )
+from loraplex.platform.routes import usage as usage_routes
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.served_model import ServedModel, served_name
 from loraplex.platform.settings import Settings
@@ -61,6 +64,7 @@ from loraplex.platform.sources.watcher import Watcher
 from loraplex.platform.tenant_service import TenantService
 from loraplex.platform.token_service import TokenService
 from loraplex.platform.usage import UsageMeter
+from loraplex.platform.usage_report import UsageReport
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,8 @@ def create_app(
         db = await Database.open(settings.effective_database_url)
         await reconcile_files(db, store)
         keys = KeyRing(db, [key.get_secret_value() for key in settings.api_key])
+        admission = Admission()
+        usage = UsageMeter(db)
         resolver = Resolver(db)
         proofs = ProofService(db, store, serving, resolver)
         service = AdapterService(
@@ -118,6 +124,7 @@ def create_app(
             db=db,
             store=store,
             keys=keys,
+            admission=admission,
             tenants=TenantService(db, keys.forget),
             resolver=resolver,
             adapters=service,
@@ -125,7 +132,7 @@ def create_app(
             pulls=pull_service,
             pulled=PulledAdapters(service, pull_service),
             aliases=AliasService(db, resolver),
-            admin=AdminService(db, store, serving, service, resolver),
+            admin=AdminService(db, store, serving, service, resolver, admission),
             inference=InferenceService(
                 serving,
                 resolver,
@@ -134,7 +141,8 @@ def create_app(
             embeddings=EmbeddingService(serving, resolver),
             tokens=TokenService(resolver),
             metrics=RequestMetrics(),
-            usage=UsageMeter(db),
+            usage=usage,
+            usage_report=UsageReport(db, usage),
             base_name=served_name(settings.model, settings.served_model_name),
         )
         app.state.runtime = runtime
@@ -152,7 +160,7 @@ def create_app(
             await pull_service.close()
             await sources.close()
             await serving.stop()
-            await runtime.usage.flush()
+            await runtime.usage.close()
             await db.close()
 
     app = FastAPI(
@@ -163,11 +171,22 @@ def create_app(
         redoc_url=None,
         middleware=[
             Middleware(AuthMiddleware),
+            Middleware(AdmissionMiddleware),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (pulls, adapters, aliases, admin, tenants, openai, tokens, health):
+    for routes in (
+        pulls,
+        adapters,
+        aliases,
+        admin,
+        tenants,
+        usage_routes,
+        openai,
+        tokens,
+        health,
+    ):
         app.include_router(routes.router)
     return app
 
@@ -215,9 +234,11 @@ def _respond(status: int, code: str, message: str, **fields: Any) -> JSONRespons
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _respond(
+    answer = _respond(
         error.status, error.code, error.message, param=error.param, details=error.details
     )
+    answer.headers.update(error.headers)
+    return answer
 
 
 async def _engine_error(request: Request, error: Exception) -> Response:

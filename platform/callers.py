@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraplex.platform.errors import ApiError
 from loraplex.platform.models import DEFAULT_TENANT
+
+if TYPE_CHECKING:
+    from loraplex.platform.limits import Lease
 
 ANONYMOUS = "anonymous"
 
@@ -31,6 +34,7 @@ ALL_SCOPES = frozenset(Scope)
 class Caller:
     """`tenant` None: an operator, who sees and changes everything. `home`: whose adapters a bare
     name means. `adapters`: the only ones this key may see, as `tenant/name`; None = no such list.
+    `lease`: the place of the request that asks.
     """
 
     actor: str = ANONYMOUS
@@ -41,6 +45,7 @@ class Caller:
     adapters: frozenset[str] | None = None
     key_limits: Mapping[str, Any] = field(default_factory=dict, compare=False)
     tenant_limits: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    lease: Lease | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_operator(self) -> bool:
@@ -55,6 +60,14 @@ class Caller:
     def billed(self) -> str:
         """The tenant that its use is counted for."""
         return self.tenant or self.home
+
+    def cache_salt(self, asked: str) -> str:
+        """Tenants share no cached prefixes: how fast an answer is tells nothing of another's."""
+        return asked if self.tenant is None else f"{self.tenant}/{asked}"
+
+    def priority(self, asked: int) -> int:
+        """Lower is earlier. A tenant may let others go first, not itself."""
+        return asked if self.tenant is None else max(0, asked)
 
     def shown(self, owner: str, name: str) -> str:
         """How this caller names an adapter."""

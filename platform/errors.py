@@ -47,6 +47,8 @@ STATUS: Mapping[str, int] = {
     "base_model_mismatch": 422,
     "digest_mismatch": 422,
     "queue_full": 429,
+    "quota_exceeded": 429,
+    "rate_limit_exceeded": 429,
     "internal_error": 500,
     "adapter_corrupt": 500,
     "model_unsupported": 500,
@@ -60,7 +62,12 @@ STATUS: Mapping[str, int] = {
     "pull_interrupted": 503,
 }
 
-RETRY_AFTER_S: Mapping[str, int] = {"queue_full": 1, "engine_unavailable": 2, "model_loading": 2}
+RETRY_AFTER_S: Mapping[str, int] = {
+    "queue_full": 1,
+    "quota_exceeded": 60,
+    "engine_unavailable": 2,
+    "model_loading": 2,
+}
 
 _CODE_OF_STATUS = {
     400: "invalid_request",
@@ -107,6 +114,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.details = details
+        self.headers: dict[str, str] = {}
 
     @property
     def status(self) -> int:

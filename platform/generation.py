@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -85,6 +85,7 @@ class Generation:
         self.choices = choices
         self._places = asyncio.Semaphore(max_parallel or len(choices))
         self.timing = Timing()
+        self.on_tokens: Callable[[int], None] | None = None  # hears of tokens as they come
         self._engine = engine
 
     @property
@@ -127,6 +128,8 @@ class Generation:
             async for chunk in chunks:
                 previous = self.timing.mark(previous, len(chunk.token_ids))
                 choice.count(chunk)
+                if self.on_tokens is not None:
+                    self.on_tokens(len(chunk.token_ids))
                 if chunk.text or options.keep_empty or chunk.finish_reason is not None:
                     yield choice.index, chunk
 

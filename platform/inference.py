@@ -172,8 +172,8 @@ class InferenceService:
                     prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
                     adapters=composition.uses(),
-                    cache_salt=body.cache_salt or "",
-                    priority=body.priority or 0,
+                    cache_salt=caller.cache_salt(body.cache_salt or ""),
+                    priority=caller.priority(body.priority or 0),
                 )
                 choices.append(Choice(index, request, options))
         choices.sort(key=lambda choice: choice.index)

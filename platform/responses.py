@@ -35,6 +35,11 @@ class GenerationResponse(Response):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lease = self._prepared.caller.lease
+        if lease is not None:  # raises what is answered with 429: nothing has begun yet
+            generation = self._prepared.generation
+            lease.begin(self._prepared.answer.id, generation.num_prompt_tokens)
+            generation.on_tokens = lease.charge
         run = self._stream if self._prepared.stream else self._whole
         outcome = "abort"
         try:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -19,6 +20,7 @@ from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
 from loraplex.platform.keys import KeyRing
+from loraplex.platform.limits import Admission
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.request_metrics import RequestMetrics
 from loraplex.platform.resolution import Resolver
@@ -28,7 +30,8 @@ from loraplex.platform.sources.pulled_adapters import PulledAdapters
 from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.tenant_service import TenantService
 from loraplex.platform.token_service import TokenService
-from loraplex.platform.usage import UsageMeter
+from loraplex.platform.usage import UsageMeter, Use
+from loraplex.platform.usage_report import UsageReport
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class Runtime:
     db: Database
     store: AdapterStore
     keys: KeyRing
+    admission: Admission
     tenants: TenantService
     resolver: Resolver
     adapters: AdapterService
@@ -53,6 +57,7 @@ class Runtime:
     tokens: TokenService
     metrics: RequestMetrics
     usage: UsageMeter
+    usage_report: UsageReport
     base_name: str
     model: ServedModel | None = None
     start_failure: str | None = None
@@ -80,8 +85,15 @@ class Runtime:
         """Count one request. Called exactly once for each, however it ended."""
         self.metrics.record(prepared, outcome)
         generation = prepared.generation
-        for adapter, _ in prepared.composition.members:
-            self.usage.add(adapter.version_id, generation.num_prompt_tokens, generation.num_tokens)
+        use = Use(
+            requests=1,
+            failures=int(outcome == "error"),
+            prompt_tokens=generation.num_prompt_tokens,
+            generated_tokens=generation.num_tokens,
+            seconds=time.perf_counter() - generation.timing.started,
+        )
+        members = [adapter for adapter, _ in prepared.composition.members]
+        self.usage.add(prepared.caller, members, use)
 
 
 def runtime(request: Request) -> Runtime:

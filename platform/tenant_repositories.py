@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from loraplex.platform.errors import ApiError
-from loraplex.platform.models import ApiKey, Tenant
+from loraplex.platform.models import Adapter, AdapterVersion, ApiKey, Tenant
 
 
 async def require_tenant(session: AsyncSession, name: str) -> Tenant:
@@ -17,6 +17,44 @@ async def require_tenant(session: AsyncSession, name: str) -> Tenant:
     if found is None:
         raise ApiError("tenant_not_found", f"there is no tenant {name[:140]!r}", param="tenant")
     return found
+
+
+async def check_storage(session: AsyncSession, tenant: Tenant, *, is_new: bool, size: int) -> None:
+    """Room for one more version of `size` bytes, of an adapter that was just added or an old one.
+    Within one transaction with what it is for. Every version counts whole, also where files are
+    shared.
+
+    Raises: ApiError(quota_exceeded).
+    """
+    most, most_bytes = tenant.limits.get("max_adapters"), tenant.limits.get("max_bytes")
+    if most is not None and is_new:
+        query = select(func.count()).where(
+            Adapter.tenant == tenant.name, Adapter.deleted_at.is_(None)
+        )
+        found = await session.scalar(query) or 0  # with the new one
+        if found > most:
+            raise _over_quota(tenant, f"{found - 1} adapters", f"max_adapters {most}")
+    if most_bytes is not None:
+        stored = (
+            select(func.sum(AdapterVersion.manifest["size_bytes"].as_integer()))
+            .join(AdapterVersion.adapter)
+            .where(Adapter.tenant == tenant.name)
+        )
+        used = await session.scalar(stored) or 0
+        if used + size > most_bytes:
+            raise _over_quota(
+                tenant,
+                f"{used} bytes of adapters and this one of {size}",
+                f"max_bytes {most_bytes}",
+            )
+
+
+def _over_quota(tenant: Tenant, has: str, limit: str) -> ApiError:
+    return ApiError(
+        "quota_exceeded",
+        f"tenant {tenant.name!r} has {has}; its limit is {limit}: delete adapters or versions, or "
+        "ask the operator for more",
+    )
 
 
 class TenantRepository:
