@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loraplex.adapters import strict_json
 from loraplex.adapters.config_keys import (
     HARMLESS,
-    OFF,
     PLAIN_INITS,
     REFUSED,
     REWRITES_BASE,
@@ -38,7 +37,9 @@ MAX_REGEX_KEYS = 64  # of a pattern table that need the automaton
 MAX_INVOCATION_TOKENS = 1024
 MAX_TOKEN_ID = 2**31 - 1
 
-_LAYER_NAME = re.compile(r"[\w.]+", re.ASCII)
+BIASES = ("none", "all", "lora_only")
+
+_PLAIN_NAME = re.compile(r"[\w.]+", re.ASCII)
 _Number = TypeVar("_Number", int, float)
 
 
@@ -67,6 +68,12 @@ class AdapterConfig:
     alpha_pattern: dict[str, float]
     base_model: str | None
     invocation_tokens: tuple[int, ...] = ()
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"  # which biases of the base model it replaces: none | all | lora_only
+    modules_to_save: tuple[str, ...] = ()
+    token_ids: dict[str | None, tuple[int, ...]] = field(default_factory=dict)  # None: embedding
+    ensure_weight_tying: bool = False
 
     @classmethod
     def parse(cls, raw: bytes | dict[str, Any], limits: Limits | None = None) -> AdapterConfig:
@@ -95,19 +102,38 @@ class AdapterConfig:
             "rank_pattern": list(self.rank_pattern.items()),
             "alpha_pattern": list(self.alpha_pattern.items()),
             **self.targets.canonical(),
+            # Only where they are used: digests of adapters without them are in registries.
+            **{key: value for key, value in self._beyond_lora().items() if value},
         }
 
-    def resolve(self, modules: Sequence[ModuleShape]) -> dict[str, ModuleLora]:
-        """Which of the model's modules are adapted, and how: {path: ModuleLora} in model order.
+    def _beyond_lora(self) -> dict[str, Any]:
+        return {
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "bias": self.bias if self.bias != "none" else None,
+            "modules_to_save": sorted(set(self.modules_to_save)),
+            "trainable_token_indices": [[name, list(ids)] for name, ids in self.token_ids.items()],
+        }
 
-        modules: every linear module of the base model that can be adapted.
+    def resolve(
+        self,
+        modules: Sequence[ModuleShape],
+        saved: Callable[[str], bool] = lambda path: False,
+        more: Iterable[str] = (),
+    ) -> dict[str, ModuleLora]:
+        """Which of the model's modules have LoRA, and how: {path: ModuleLora} in model order.
+
+        modules: what adapters of the base model may change.
+        saved: whether a path is taken out because modules_to_save names it.
+        more: paths that have LoRA because others have it.
 
         Raises: AdapterRefused if a target means nothing here, or something that cannot be adapted.
         """
         rank_keys = [(tail_matcher(key), rank) for key, rank in self.rank_pattern.items()]
         alpha_keys = [(tail_matcher(key), alpha) for key, alpha in self.alpha_pattern.items()]
         resolved = {}
-        for path in self.targets.select([m.path for m in modules]):
+        selected = self.targets.select(modules, saved)
+        for path in dict.fromkeys([*selected, *more]):
             rank = next((rank for hits, rank in rank_keys if hits(path)), self.r)
             alpha = next((alpha for hits, alpha in alpha_keys if hits(path)), self.lora_alpha)
             resolved[path] = ModuleLora(rank, alpha, self._scale(rank, alpha))
@@ -162,7 +188,7 @@ class _Reader:
         self._must_be("task_type", "CAUSAL_LM", None, "")
         self._check_init(self.raw.get("init_lora_weights"))
         for key, value in self.raw.items():
-            if key in USED or key in HARMLESS or _is_off(key, value):
+            if key in USED or key in HARMLESS or _is_off(value):
                 continue
             if key in REFUSED:
                 message = f"{key} = {_quote(value)} is not supported: {REFUSED[key]}"
@@ -202,13 +228,20 @@ class _Reader:
         known = len(self.problems)
         r = self._rank("r", self.raw.get("r", 8))  # PEFT's defaults
         alpha = self._alpha("lora_alpha", self.raw.get("lora_alpha", 8))
-        rslora = self.raw.get("use_rslora", False)
-        if not isinstance(rslora, bool):
-            self._invalid("use_rslora", "true or false", rslora)
+        rslora = self._switch("use_rslora")
         targets = self._targets()
         ranks = self._table("rank_pattern", self._rank)
         alphas = self._table("alpha_pattern", self._alpha)
         invocation_tokens = self._invocation_tokens()
+        bias = self.raw.get("bias") or "none"
+        if bias not in BIASES:
+            self._invalid("bias", f"one of {', '.join(BIASES)}", bias)
+        dora = self._switch("use_dora")
+        lora_bias = self._switch("lora_bias")
+        self._check_combination(dora, lora_bias)
+        ties = self._switch("ensure_weight_tying")
+        saved = self._saved()
+        token_ids = self._token_ids()
         base = self.raw.get("base_model_name_or_path")
         if len(self.problems) > known or r is None or alpha is None:
             return None
@@ -221,7 +254,27 @@ class _Reader:
             alpha_pattern=alphas,
             base_model=base if isinstance(base, str) and base else None,
             invocation_tokens=invocation_tokens,
+            use_dora=dora,
+            lora_bias=lora_bias,
+            bias=bias,
+            modules_to_save=saved,
+            token_ids=token_ids,
+            ensure_weight_tying=ties,
         )
+
+    def _check_combination(self, dora: bool, lora_bias: bool) -> None:
+        """PEFT makes no adapter with these together, so there is none to compare with."""
+        init = self.raw.get("init_lora_weights")
+        if dora and (self.raw.get("velora_config") or str(init).lower() == "mica"):
+            self._invalid("use_dora", "false with MiCA or VeLoRA", dora)
+        if lora_bias and (dora or isinstance(init, str)):
+            self._invalid("lora_bias", "false with use_dora or an initialisation", lora_bias)
+
+    def _switch(self, key: str) -> bool:
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            self._invalid(key, "true or false", value)
+        return value is True
 
     def _rank(self, key: str, value: Any) -> int | None:
         # `type`, since true is an int to Python and a rank to nobody.
@@ -284,6 +337,24 @@ class _Reader:
             return ("?",)
         return tuple(value)
 
+    def _saved(self) -> tuple[str, ...]:
+        value = self.raw.get("modules_to_save") or []
+        if not _is_names(value) or not all(_PLAIN_NAME.fullmatch(name) for name in value):
+            self._invalid("modules_to_save", "a list of module names", value)
+            return ()
+        return tuple(value)
+
+    def _token_ids(self) -> dict[str | None, tuple[int, ...]]:
+        value = self.raw.get("trainable_token_indices")
+        if value is None or value in ([], {}):
+            return {}
+        entries = value if isinstance(value, dict) else {None: value}
+        if len(entries) > MAX_ENTRIES or not all(map(_are_tokens, entries.values())):
+            must = "different token ids, or an object of such lists by module"
+            self._invalid("trainable_token_indices", must, value)
+            return {}
+        return {name: tuple(ids) for name, ids in entries.items()}
+
     def _layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")
         if value is None:
@@ -297,7 +368,7 @@ class _Reader:
     def _layer_names(self) -> tuple[str, ...]:
         value = self.raw.get("layers_pattern") or []
         names = [value] if isinstance(value, str) else value
-        if not _is_names(names) or not all(_LAYER_NAME.fullmatch(name) for name in names):
+        if not _is_names(names) or not all(_PLAIN_NAME.fullmatch(name) for name in names):
             self._invalid("layers_pattern", "names such as layers", value)
             return ()
         return tuple(names)
@@ -328,8 +399,8 @@ class _Reader:
         self.refuse("value_invalid", f"{key} must be {must}; it is {_quote(value)}")
 
 
-def _is_off(key: str, value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {}, OFF.get(key))
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def _is_names(value: Any) -> bool:
@@ -337,6 +408,15 @@ def _is_names(value: Any) -> bool:
         isinstance(value, list)
         and len(value) <= MAX_ENTRIES
         and all(isinstance(name, str) and 0 < len(name) <= 512 for name in value)
+    )
+
+
+def _are_tokens(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(token) is int and 0 <= token < 1 << 31 for token in value)
+        and len(set(value)) == len(value)
     )
 
 

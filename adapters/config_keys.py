@@ -22,6 +22,12 @@ USED = frozenset(
         "init_lora_weights",
         "base_model_name_or_path",
         "alora_invocation_tokens",
+        "use_dora",
+        "lora_bias",
+        "bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
     }
 )
 
@@ -41,19 +47,13 @@ HARMLESS = frozenset(
         "megatron_config",  # how training was spread over devices
         "megatron_core",
         "qalora_group_size",  # only read with use_qalora
-        "ensure_weight_tying",  # only about embeddings, which no accepted config targets
         "velora_config",  # another backward pass, the same forward
     }
 )
 
 # Changes what the forward pass computes. Fine when off; later versions may learn some of them.
 REFUSED = {
-    "use_dora": "DoRA scales each output by a learned magnitude",
-    "lora_bias": "the adapter has biases on B",
-    "bias": "the adapter replaces biases of the base model",
     "fan_in_fan_out": "the base weights are stored transposed (with nn.Linear, set it to false)",
-    "modules_to_save": "the adapter carries whole copies of base modules",
-    "trainable_token_indices": "the adapter replaces rows of the embedding",
     "target_parameters": "the adapter targets parameters that are no linear modules",
     "layer_replication": "the adapter expects a model with repeated layers",
     "use_qalora": "QA-LoRA pools the inputs of A",
@@ -63,9 +63,6 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "enable_lora": "a merged linear with some of its parts adapted (loralib) is not supported",
 }
-# The values, beside the empty ones, that mean "off".
-OFF = {"bias": "none"}
-
 # Values of init_lora_weights that leave base weights and forward pass alone. EVA chooses A and the
 # ranks from data (the ranks end in rank_pattern), MiCA freezes B: both are plain LoRA afterwards.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loraplex.adapters import strict_json
 from loraplex.adapters.header import TensorInfo, read_chunks
 
@@ -41,3 +43,46 @@ def adapter_digest(
             for chunk in read_chunks(file, tensor):
                 sha.update(chunk)
     return sha.hexdigest()
+
+
+class ValuesDigest:
+    """A digest of floating-point values that does not depend on the type they are kept in.
+
+    Two hashes over the values as fp32: one of their upper halves, which is all there is to a bf16,
+    one of their lower halves, unless they are all zero. So a table that was read in bf16 has the
+    digest of its copy in fp32.
+    """
+
+    def __init__(self) -> None:
+        self._upper, self._lower = hashlib.sha256(), hashlib.sha256()
+        self._plain = True  # all lower halves are zero
+
+    def update(self, values: np.ndarray[Any, Any]) -> None:
+        """values: fp32 or fp16, or uint16 that are the bits of bf16; contiguous."""
+        if values.dtype == np.uint16:
+            self._upper.update(values.data)
+            return
+        halves = values.astype("<f4", copy=False).view("<u2")
+        lower = halves.reshape(-1)[0::2].copy()
+        self._upper.update(halves.reshape(-1)[1::2].copy().data)
+        self._lower.update(lower.data)
+        self._plain = self._plain and not lower.any()
+
+    def hexdigest(self) -> str:
+        upper = self._upper.hexdigest()
+        return upper if self._plain else f"{upper}:{self._lower.hexdigest()}"
+
+
+_KINDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def values_digest(weights: Path, tensor: TensorInfo) -> str | None:
+    """`ValuesDigest` of a tensor in a file; None for types that do not fit into fp32."""
+    kind = _KINDS.get(tensor.dtype)
+    if kind is None:
+        return None
+    digest = ValuesDigest()
+    with weights.open("rb") as file:
+        for chunk in read_chunks(file, tensor):
+            digest.update(np.frombuffer(chunk, dtype=kind))
+    return digest.hexdigest()

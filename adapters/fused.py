@@ -36,6 +36,7 @@ class FusedShape:
     parts: tuple[int, ...]
     kind: str = "linear"
     tied: bool = False
+    weight_digest: str = ""
 
 
 def split(module: ModuleShape) -> Iterator[tuple[str, Rows | None]]:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loraplex.adapters.config import read_config
+from loraplex.adapters.description import describe
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.header import read_header
 from loraplex.adapters.limits import Limits
 from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
 from loraplex.adapters.module_shape import ModuleShape
-from loraplex.adapters.validation import describe, examine
+from loraplex.adapters.validation import examine
 
 # What an activated LoRA may use: A and B of linear modules, however they are written.
 ACTIVATED_FEATURES = ("alora", "fused_projections")
@@ -30,7 +31,7 @@ def inspect(
     """Check the adapter in `folder` against the base model and describe it.
 
     folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-    modules: every linear module of the base model that can be adapted.
+    modules: every module of the base model that adapters may change.
     base_model: the served model's name, compared with the config's for a warning.
     vocab_size: of the served model, if an adapter's token ids are to be checked.
 
@@ -56,7 +57,7 @@ def inspect(
     if problems:
         raise AdapterRefused(problems)
     assert config is not None, "no config and no problem"
-    manifest = describe(config, findings, folder, modules, base_model)
+    manifest = describe(config, findings, folder, base_model)
     if problems := list(_activation_problems(manifest, vocab_size)):
         raise AdapterRefused(problems)
     return manifest

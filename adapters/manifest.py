@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.adapters import strict_json
@@ -55,6 +55,8 @@ class AdapterManifest:
     tied_head: bool | None = None
     # Of an activated LoRA: it applies from the last place in the prompt on where they stand.
     invocation_tokens: tuple[int, ...] = ()
+    # path -> digest of tables that its file has and that are the base model's own: nothing to load.
+    base_tables: dict[str, str] = field(default_factory=dict)
 
     @property
     def pages(self) -> int:
@@ -73,7 +75,7 @@ class AdapterManifest:
     def features(self) -> tuple[str, ...]:
         """What it uses beyond A and B of linear modules, for people."""
         weights = [r for r in self.replacements if r.parameter == "weight"]
-        kinds = {r.kind for r in weights}
+        kinds, whole = {r.kind for r in weights}, {r.path for r in weights}
         found = {
             "alora": bool(self.invocation_tokens),
             "dora": any(m.magnitude is not None for m in self.modules),
@@ -81,7 +83,7 @@ class AdapterManifest:
             "fused_projections": any(m.rows is not None for m in self.modules),
             "embed_tokens_lora": self.embedding_lora is not None,
             "lm_head_lora": self.head_lora is not None,
-            "bias": len(weights) < len(self.replacements),
+            "bias": any(r.parameter == "bias" and r.path not in whole for r in self.replacements),
             "full_linear": "linear" in kinds,
             "full_norm": "norm" in kinds,
             "full_embed_tokens": "embedding" in kinds,
@@ -144,6 +146,9 @@ class AdapterManifest:
             tied = HEAD in there and there[HEAD][0].tied
             words = {True: "tied to the embedding", False: "not tied to the embedding"}
             compare(HEAD, words[self.tied_head], words[tied])
+        for path, digest in self.base_tables.items():
+            found = there.get(path)
+            compare(f"the weight of {path}", digest, found and found[0].weight_digest)
         return problems
 
     def to_json(self) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 EMBEDDING = "model.embed_tokens"
@@ -25,3 +26,15 @@ class ModuleShape(Protocol):
     def parts(self) -> tuple[int, ...]: ...  # out_features of what a fused projection consists of
     @property
     def tied(self) -> bool: ...  # of the head: its weight is the embedding's
+    @property
+    def weight_digest(self) -> str: ...  # of embedding and head: `ValuesDigest`; "" = unknown
+
+
+def containers(modules: Sequence[ModuleShape]) -> list[str]:
+    """Paths of what the modules lie in, such as `model.layers.0.mlp`, from the outside in."""
+    found: dict[str, None] = {}
+    for module in modules:
+        parts = module.path.split(".")[:-1]
+        for end in range(1, len(parts) + 1):
+            found[".".join(parts[:end])] = None
+    return list(found)

@@ -2,8 +2,9 @@
 
 PEFT's rules (peft 0.21, `tuners/tuners_utils.py`, `check_target_module_exists`): a list of names
 selects the paths that equal a name or end with it after a dot; a string is a regular expression
-for the whole path; exclude_modules takes away by the same rules; layers_to_transform narrows a
-list. Stricter than PEFT in one way: a target that selects nothing is an error, not silence.
+for the whole path; exclude_modules takes away by the same rules, modules_to_save by rules of its
+own; layers_to_transform narrows a list. Stricter than PEFT in one way: a target that selects
+nothing is an error, not silence.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.manifest import CONFIG_FILE
+from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape, containers
 from loraplex.adapters.patterns import Pattern
 
 ALL_LINEAR = "all-linear"
-
-# Modules that every causal LM has and adapters here cannot change: they deserve a clear refusal.
-UNADAPTABLE = ("lm_head", "model.embed_tokens")
 
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
@@ -43,17 +42,36 @@ class Targets:
             "layers_pattern": list(self.layer_names),
         }
 
-    def select(self, paths: Sequence[str]) -> list[str]:
-        """The adapted ones of `paths`, which are the model's adaptable modules, in their order.
+    @property
+    def names_tables(self) -> bool:
+        """Whether they name the embedding or the head, by PEFT's measure for tied weights."""
+        names = (EMBEDDING.rpartition(".")[2], HEAD)
+        if isinstance(self.modules, str):
+            return any(map(_selector(self.modules), names))
+        return any(target.rpartition(".")[2] in names for target in self.modules)
+
+    def select(
+        self, modules: Sequence[ModuleShape], saved: Callable[[str], bool] = lambda path: False
+    ) -> list[str]:
+        """The paths of the adapted ones among the model's modules, in their order.
+
+        saved: whether a path is taken out because modules_to_save names it.
 
         Raises: AdapterRefused if a target means nothing here, or something that cannot be adapted.
         """
         excluded = _selector(self.exclude)
-        problems = self._missed_targets(paths, excluded) + self._missed_layers(paths)
+
+        def free(path: str) -> bool:
+            return not excluded(path) and not saved(path)
+
+        linear = [m.path for m in modules if m.kind == "linear"]
+        paths = linear if self.modules == ALL_LINEAR else [m.path for m in modules if _takes(m)]
+        others = [m.path for m in modules if not _takes(m)] + containers(modules)
+        problems = self._missed_targets(paths, others, free) + self._missed_layers(linear)
         if problems:
             raise AdapterRefused(problems)
         targeted = _chooser(self.modules)
-        chosen = [p for p in paths if targeted(p) and self._in_layers(p) and not excluded(p)]
+        chosen = [p for p in paths if targeted(p) and self._in_layers(p) and free(p)]
         if not chosen:
             message = "the config selects no module: the adapter would change nothing"
             raise AdapterRefused([_problem("no_target", message)])
@@ -73,19 +91,20 @@ class Targets:
         return None
 
     def _missed_targets(
-        self, paths: Sequence[str], excluded: Callable[[str], bool]
+        self, paths: Sequence[str], others: Sequence[str], free: Callable[[str], bool]
     ) -> list[Problem]:
+        """others: what no LoRA can be put around."""
         problems = []
         whole = isinstance(self.modules, str)
         for target in [self.modules] if isinstance(self.modules, str) else self.modules:
             chosen = _chooser(target if whole else (target,))
-            beyond = [name for name in UNADAPTABLE if chosen(name) and not excluded(name)]
+            beyond = [path for path in others if chosen(path) and free(path)]
             if beyond and target != ALL_LINEAR:
                 problems.append(
                     _problem(
                         "target_unsupported",
-                        f"target_modules: {target[:200]!r} selects {' and '.join(beyond)}, which "
-                        "cannot be adapted yet; retrain without",
+                        f"target_modules: {target[:200]!r} selects {', '.join(beyond[:3])}, which "
+                        "LoRA cannot adapt; name the linear modules only",
                     )
                 )
             elif not any(chosen(path) for path in paths):
@@ -112,6 +131,11 @@ class Targets:
             for layer in self.layers
             if layer not in there
         ]
+
+
+def _takes(module: ModuleShape) -> bool:
+    """Whether PEFT puts LoRA around such a module."""
+    return module.kind != "norm"
 
 
 def _chooser(target: str | tuple[str, ...]) -> Callable[[str], bool]:

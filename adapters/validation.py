@@ -1,71 +1,43 @@
 """Does this adapter fit this base model? Every problem is told, not the first one.
 
 Config (what is meant), header (what is there) and the model's modules (what there could be) are
-held against each other: every tensor must land on a module with the right shape, every targeted
-module must have both factors, every number must be finite. Bounded memory, no torch.
+held against each other: every tensor must land on a module with the right shape and mean what PEFT
+would make of it, everything that the config changes must have its tensors, every number must be
+finite. Bounded memory, no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraplex.adapters.config import AdapterConfig, ModuleLora
-from loraplex.adapters.digest import adapter_digest
+from loraplex.adapters.config import AdapterConfig
+from loraplex.adapters.effects import Effects, resolve
 from loraplex.adapters.errors import AdapterRefused, Problem
-from loraplex.adapters.header import (
-    FLOAT_DTYPES,
-    Header,
-    TensorInfo,
-    TensorScan,
-    scan_finite,
-)
+from loraplex.adapters.fused import as_adapter_sees
+from loraplex.adapters.header import Header, TensorScan, scan_finite
 from loraplex.adapters.limits import Limits
-from loraplex.adapters.manifest import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterManifest,
-    FileStamp,
-)
-from loraplex.adapters.manifest_parts import ManifestModule
-from loraplex.adapters.module_shape import ModuleShape
-from loraplex.adapters.tensor_names import PREFIX, TensorKey, describe_foreign, parse_key
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-assert set(_DTYPE_NAMES) == set(FLOAT_DTYPES), "every float dtype has a name"
+from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape
+from loraplex.adapters.placement import Placed, place
+from loraplex.adapters.tensor_names import Part, TensorKey
 
 
 @dataclass(slots=True)
 class Findings:
-    """What a look at an adapter gave. It may be served only if there are no problems."""
+    """What a look at an adapter gave. It may be served only if there are no problems.
+
+    modules: the base model's, with projections fused where the adapter's tensors have them so.
+    unread: tensors that PEFT reads no more than we do; they are no part of what the adapter is.
+    """
 
     problems: list[Problem] = field(default_factory=list)
-    resolved: dict[str, ModuleLora] = field(default_factory=dict)
-    factors: dict[TensorKey, TensorInfo] = field(default_factory=dict)
+    modules: Sequence[ModuleShape] = ()
+    effects: Effects = field(default_factory=Effects)
+    placed: Placed = field(default_factory=dict)
+    unread: set[TensorKey] = field(default_factory=set)
     scans: dict[str, TensorScan] = field(default_factory=dict)
-
-
-def validate(
-    config: AdapterConfig,
-    header: Header,
-    folder: Path,
-    modules: Sequence[ModuleShape],
-    limits: Limits | None = None,
-    base_model: str | None = None,
-) -> AdapterManifest:
-    """Check an adapter whose two files lie in `folder`, and describe it.
-
-    modules: every linear module of the base model that can be adapted.
-    base_model: the served model's name. Another in the config is a warning only: shapes decide.
-
-    Raises: AdapterRefused with every problem.
-    """
-    findings = examine(config, header, folder, modules, limits)
-    if findings.problems:
-        raise AdapterRefused(findings.problems)
-    return describe(config, findings, folder, modules, base_model)
 
 
 def examine(
@@ -75,11 +47,15 @@ def examine(
     modules: Sequence[ModuleShape],
     limits: Limits | None = None,
 ) -> Findings:
-    """Find every problem; of an adapter that is half readable (None) those of the readable half."""
+    """Find every problem; of an adapter that is half readable (None) those of the readable half.
+
+    modules: every module of the base model that adapters may change.
+    """
     limits = limits or Limits()
-    findings = Findings()
+    findings = Findings(modules=modules)
     if header:
-        _place_tensors(header, {m.path: m for m in modules}, findings)
+        findings.modules = as_adapter_sees(modules, header.tensors)
+        findings.placed = place(header, findings.modules, findings.problems)
         findings.scans = scan_finite(folder / WEIGHTS_FILE, header)
         for name, scan in findings.scans.items():
             if scan.first_nonfinite is not None:
@@ -87,63 +63,18 @@ def examine(
                 findings.problems.append(_problem("not_finite", message, name))
     if config:
         try:
-            findings.resolved = config.resolve(modules)
+            findings.effects = resolve(config, findings.modules)
         except AdapterRefused as refused:
             findings.problems += refused.problems
         else:
             _check_ranks(findings, limits)
             if header:
-                _compare(findings)
+                _compare(config, findings)
     return findings
 
 
-def _place_tensors(header: Header, modules: Mapping[str, ModuleShape], findings: Findings) -> None:
-    """Every tensor on its module, with the right shape, A and B in pairs."""
-
-    def refuse(code: str, name: str, message: str, **more: str) -> None:
-        findings.problems.append(_problem(code, f"{name}: {message}", name, **more))
-
-    for name, info in header.tensors.items():
-        key = parse_key(name)
-        if key is None:
-            what = describe_foreign(name) or f"not a LoRA tensor ({PREFIX}<module>.lora_A.weight)"
-            refuse("tensor_unsupported", name, what)
-            continue
-        module = modules.get(key.path)
-        if module is None:
-            refuse("module_unknown", name, f"this base model has no module {key.path}")
-            continue
-        if key in findings.factors:
-            refuse("tensor_duplicate", name, f"also there as {findings.factors[key].name}")
-            continue
-        findings.factors[key] = info
-        if info.dtype not in FLOAT_DTYPES:
-            refuse(
-                "dtype_unsupported",
-                name,
-                f"dtype {info.dtype} is no weight type we can serve",
-                expected=" or ".join(FLOAT_DTYPES),
-                actual=info.dtype,
-            )
-        fixed = module.in_features if key.side == "A" else module.out_features
-        axis = 1 if key.side == "A" else 0
-        if len(info.shape) != 2 or info.shape[axis] != fixed or 0 in info.shape:
-            expected = f"[rank, {fixed}]" if key.side == "A" else f"[{fixed}, rank]"
-            refuse(
-                "shape_mismatch",
-                name,
-                f"shape {list(info.shape)} does not fit this base model, which needs {expected}",
-                expected=expected,
-                actual=str(list(info.shape)),
-            )
-    for key, info in findings.factors.items():
-        other = TensorKey(key.path, "B" if key.side == "A" else "A")
-        if other not in findings.factors:
-            refuse("pair_incomplete", info.name, f"its lora_{other.side} is missing")
-
-
 def _check_ranks(findings: Findings, limits: Limits) -> None:
-    largest = max(lora.rank for lora in findings.resolved.values())
+    largest = max(lora.rank for lora in findings.effects.loras.values())
     if largest > limits.max_rank:
         findings.problems.append(
             Problem(
@@ -156,119 +87,113 @@ def _check_ranks(findings: Findings, limits: Limits) -> None:
         )
 
 
-def _compare(findings: Findings) -> None:
+def _compare(config: AdapterConfig, findings: Findings) -> None:
     """What the config means against what the file has."""
-    resolved, factors = findings.resolved, findings.factors
-    present = {key.path for key in factors}
-    for path in resolved:
-        if path not in present:
-            name = TensorKey(path, "A").canonical
-            message = f"the config adapts {path} but the file has no tensors for it"
-            findings.problems.append(_problem("tensor_missing", message, name))
-    for key, info in factors.items():
-        if key.path not in resolved:
-            message = f"{info.name}: the config does not adapt {key.path}"
-            findings.problems.append(_problem("tensor_untargeted", message, info.name))
-            continue
-        rank = resolved[key.path].rank
-        actual = info.shape[0 if key.side == "A" else -1] if len(info.shape) == 2 else None
-        if actual is not None and actual != rank:
-            findings.problems.append(
-                _problem(
-                    "rank_mismatch",
-                    f"{info.name}: the tensor has rank {actual}, the config says {rank}",
-                    info.name,
-                    expected=str(rank),
-                    actual=str(actual),
+    placed, loras = findings.placed, findings.effects.loras
+    needed = set(_needed(config, findings))
+    welcome = set(_welcome(config, findings))
+    findings.unread = set(_unread(findings)) & placed.keys()
+    paths = {key.path for key in placed if key.part in _FACTORS}
+    for key in sorted(needed - placed.keys()):
+        if key.part in _FACTORS and key.path in paths:
+            continue  # the other of the pair told it
+        if key.part in (Part.B, Part.EMBEDDING_B):
+            continue  # one problem for both
+        message = f"the config changes {key.path} but the file has no {key.part} for it"
+        findings.problems.append(_problem("tensor_missing", message, key.canonical))
+    for key, info in placed.items():
+        if key not in needed | welcome | findings.unread:
+            code, message = _untargeted(key)
+            findings.problems.append(_problem(code, f"{info.name}: {message}", info.name))
+        elif key.part in _FACTORS and len(info.shape) == 2:
+            rank = loras[key.path].rank
+            actual = info.shape[0 if key.part in (Part.A, Part.EMBEDDING_A) else 1]
+            if actual != rank:
+                findings.problems.append(
+                    _problem(
+                        "rank_mismatch",
+                        f"{info.name}: the tensor has rank {actual}, the config says {rank}",
+                        info.name,
+                        expected=str(rank),
+                        actual=str(actual),
+                    )
                 )
-            )
+    rows = placed.get(TensorKey(EMBEDDING, Part.ROWS))
+    num_tokens = len(findings.effects.token_ids)
+    if rows is not None and num_tokens and rows.shape[:1] != (num_tokens,):
+        message = f"{rows.name}: {num_tokens} tokens need as many rows, not {rows.shape[:1]}"
+        findings.problems.append(_problem("shape_mismatch", message, rows.name))
 
 
-def describe(
-    config: AdapterConfig,
-    findings: Findings,
-    folder: Path,
-    modules: Sequence[ModuleShape],
-    base_model: str | None = None,
-) -> AdapterManifest:
-    """The manifest of an adapter without problems. Reads both files once more, to hash them."""
-    assert not findings.problems, "describing an adapter that must be refused"
-    factors = findings.factors
-    shapes = {m.path: m for m in modules}
-    tensors = {key.canonical: info for key, info in factors.items()}
-    dtypes = {_DTYPE_NAMES[info.dtype] for info in factors.values()}
-    return AdapterManifest(
-        digest=adapter_digest(config.canonical(), tensors, folder / WEIGHTS_FILE),
-        rank=max(lora.rank for lora in findings.resolved.values()),
-        alpha=config.lora_alpha,
-        scaling=config.scaling,
-        target_modules=tuple(sorted({path.rpartition(".")[2] for path in findings.resolved})),
-        num_parameters=sum(info.numel for info in factors.values()),
-        size_bytes=sum(info.nbytes for info in factors.values()),
-        dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
-        base_model=config.base_model,
-        modules=tuple(
-            ManifestModule(
-                path=path,
-                rank=lora.rank,
-                alpha=lora.alpha,
-                scaling=lora.scaling,
-                in_features=shapes[path].in_features,
-                out_features=shapes[path].out_features,
-                lora_a=factors[TensorKey(path, "A")].name,
-                lora_b=factors[TensorKey(path, "B")].name,
-            )
-            for path, lora in sorted(findings.resolved.items())
-        ),
-        files={name: stamp(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
-        warnings=tuple(_warnings(config, findings, base_model)),
-        invocation_tokens=config.invocation_tokens,
+_FACTORS = (Part.A, Part.B, Part.EMBEDDING_A, Part.EMBEDDING_B)
+
+
+def _needed(config: AdapterConfig, findings: Findings) -> Iterator[TensorKey]:
+    """What PEFT saves of such an adapter, and fails without or silently takes a default for."""
+    effects = findings.effects
+    for path in effects.loras:
+        for part in (Part.EMBEDDING_A, Part.EMBEDDING_B) if path == EMBEDDING else (Part.A, Part.B):
+            yield TensorKey(path, part)
+        if config.use_dora:
+            yield TensorKey(path, Part.MAGNITUDE)
+        if config.lora_bias:
+            yield TensorKey(path, Part.B_BIAS)
+    for module in findings.modules:
+        if module.path in effects.saved:
+            yield TensorKey(module.path, Part.WEIGHT)
+            if module.bias:
+                yield TensorKey(module.path, Part.BIAS)
+    if effects.token_ids:
+        yield TensorKey(EMBEDDING, Part.ROWS)
+
+
+def _welcome(config: AdapterConfig, findings: Findings) -> Iterator[TensorKey]:
+    """What PEFT loads where it is there: the base model's biases and tables, as trained."""
+    effects = findings.effects
+    for module in findings.modules:
+        path, adapted = module.path, module.path in effects.loras
+        if config.bias != "none" and adapted:
+            yield TensorKey(path, Part.BASE_BIAS)
+        elif config.bias == "all":
+            yield TensorKey(path, Part.BIAS)
+        if module.kind in ("embedding", "head"):
+            yield base_table(path, effects)
+
+
+def base_table(path: str, effects: Effects) -> TensorKey:
+    """The name under which PEFT's save_embedding_layers writes the base model's own table."""
+    if path in effects.saved:
+        return TensorKey(path, Part.ORIGINAL_WEIGHT)
+    wrapped = path in effects.loras or (
+        bool(effects.token_ids) and (path == EMBEDDING or effects.tied)
     )
+    return TensorKey(path, Part.BASE_WEIGHT if wrapped else Part.WEIGHT)
 
 
-def _warnings(config: AdapterConfig, findings: Findings, base_model: str | None) -> list[Problem]:
-    warnings = []
-    if base_model and config.base_model and _last_name(config.base_model) != _last_name(base_model):
-        warnings.append(
-            Problem(
-                "base_model_differs",
-                f"trained on {config.base_model}, served on {base_model}; the shapes fit",
-                file=CONFIG_FILE,
-                expected=base_model,
-                actual=config.base_model,
-            )
-        )
-    if unmatched := config.idle_patterns(findings.resolved):
-        shown = ", ".join(repr(key[:80]) for key in unmatched[:3])
-        message = f"{len(unmatched)} keys of rank_pattern or alpha_pattern match nothing: {shown}"
-        warnings.append(Problem("pattern_unmatched", message, file=CONFIG_FILE))
-    idle = [
-        key.path
-        for key, info in sorted(findings.factors.items())
-        if key.side == "B" and findings.scans[info.name].all_zero
-    ]
-    if len(idle) == len(findings.resolved):
-        warnings.append(
-            _problem("no_effect", "every lora_B is zero: the adapter answers like the base model")
-        )
-    elif idle:
-        message = (
-            f"lora_B is zero in {len(idle)} modules, which stay as they are: {', '.join(idle[:3])}"
-        )
-        warnings.append(_problem("partly_no_effect", message))
-    return warnings
+def _unread(findings: Findings) -> Iterator[TensorKey]:
+    """What PEFT 0.21 writes along and does not read: what it names again is read there."""
+    effects = findings.effects
+    for path in effects.saved:
+        yield TensorKey(path, Part.SAVED_WEIGHT)
+        yield TensorKey(path, Part.SAVED_BIAS)
+        yield TensorKey(path, Part.ORIGINAL_BIAS)
+    if effects.token_ids and effects.tied:
+        yield TensorKey(HEAD, Part.ROWS)
 
 
-def stamp(path: Path) -> FileStamp:
-    """Size and hash of a file as it lies on the disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileStamp(file.tell(), digest)
-
-
-def _last_name(model: str) -> str:
-    # A hub id and a local directory of the same model agree only in their last part.
-    return model.rstrip("/").rpartition("/")[2].lower()
+def _untargeted(key: TensorKey) -> tuple[str, str]:
+    if key.part in _FACTORS:
+        return "tensor_untargeted", f"the config does not adapt {key.path}"
+    switch = {
+        Part.MAGNITUDE: "use_dora is off in the config",
+        Part.B_BIAS: "lora_bias is off in the config",
+        Part.ROWS: f"trainable_token_indices does not name {key.path}",
+        Part.WEIGHT: f"modules_to_save does not name {key.path}",
+        Part.BIAS: f"neither bias nor modules_to_save replaces that of {key.path}",
+        Part.BASE_BIAS: f"the config's bias does not replace that of {key.path}",
+    }
+    message = switch.get(key.part, f"PEFT writes no such tensor for {key.path} with this config")
+    return "tensor_unsupported", message
 
 
 def _problem(code: str, message: str, tensor: str | None = None, **more: str) -> Problem:

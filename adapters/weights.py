@@ -9,27 +9,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterCorrupt, AdapterError, AdapterRefused
-from loraplex.adapters.extras import Extras
-from loraplex.adapters.header import Header, read_header
+from loraplex.adapters.extras import Extras, Key, TableLora, TokenRows
 from loraplex.adapters.manifest import MANIFEST_FILE, WEIGHTS_FILE, AdapterManifest
+from loraplex.adapters.manifest_parts import ManifestModule, ManifestRows
+from loraplex.adapters.weights_file import WeightsFile
 
 # Columns of the page tables, in the order of `kernels.ops.Module`.
 MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _PATH = re.compile(rf"(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULE_KINDS)})")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+Locate = Callable[[str], Key | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +42,7 @@ class LoadedAdapter:
 
     digest: str
     rank: int  # the largest of all modules
-    modules: dict[tuple[int, int], LoadedModule]
+    modules: dict[Key, LoadedModule]
     extras: Extras = field(default_factory=Extras)
     invocation_tokens: tuple[int, ...] = ()  # empty: it applies to every token
 
@@ -57,7 +51,7 @@ class LoadedAdapter:
         return sum(m.a.nbytes + m.bt.nbytes for m in self.modules.values())
 
 
-def locate(path: str) -> tuple[int, int] | None:
+def locate(path: str) -> Key | None:
     """(layer, kind) of a Llama-style module path, None for any other path."""
     match = _PATH.fullmatch(path)
     return match and (int(match[1]), MODULE_KINDS.index(match[2]))
@@ -66,7 +60,7 @@ def locate(path: str) -> tuple[int, int] | None:
 def load_weights(
     folder: Path,
     dtype: torch.dtype,
-    locate: Callable[[str], tuple[int, int] | None] = locate,
+    locate: Locate = locate,
 ) -> LoadedAdapter:
     """Load an adapter from its folder in the store.
 
@@ -79,21 +73,15 @@ def load_weights(
     """
     try:
         manifest = AdapterManifest.from_json((folder / MANIFEST_FILE).read_bytes())
-        header = read_header(folder / WEIGHTS_FILE)
-        modules = {}
-        with (folder / WEIGHTS_FILE).open("rb") as file:
+        with WeightsFile(folder / WEIGHTS_FILE, dtype) as file:
+            modules = {}
             for m in manifest.modules:
-                key = locate(m.path)
-                if key is None:
-                    raise AdapterError(
-                        f"adapter {manifest.digest[:12]} adapts {m.path}, which this model cannot",
-                        code="adapter_mismatch",
-                    )
-                a = _read(file, header, m.lora_a, (m.rank, m.in_features))
-                b = _read(file, header, m.lora_b, (m.out_features, m.rank))
-                modules[key] = LoadedModule(
-                    _cast(a, dtype, m.lora_a), _cast(b.t(), dtype, m.lora_b), m.rank, m.scaling
-                )
+                a = file.read(m.lora_a, (m.rank, m.in_features))
+                b = file.read(m.lora_b, (m.out_features, m.rank), m.rows)
+                bt = file.cast(b.t(), m.lora_b)
+                key = _find(m.path, locate, manifest)
+                modules[key] = LoadedModule(file.cast(a, m.lora_a), bt, m.rank, m.scaling)
+            extras = _load_extras(file, manifest, locate)
     except OSError as error:
         raise AdapterCorrupt(f"the adapter's files cannot be read: {error.strerror}") from None
     except AdapterRefused as error:
@@ -102,28 +90,69 @@ def load_weights(
         manifest.digest,
         manifest.rank,
         modules,
+        extras,
         invocation_tokens=manifest.invocation_tokens,
     )
 
 
-def _read(file: IO[bytes], header: Header, name: str, shape: tuple[int, int]) -> Tensor:
-    info = header.tensors.get(name)
-    if info is None or info.shape != shape or info.dtype not in _DTYPES:
-        raise AdapterCorrupt(
-            f"{name} of shape {shape} is in the manifest but not in {WEIGHTS_FILE}"
-        )
-    file.seek(info.offset)
-    data = np.fromfile(file, dtype=np.uint8, count=info.nbytes)
-    if len(data) != info.nbytes:
-        raise AdapterCorrupt(f"{WEIGHTS_FILE} ends inside {name}")
-    return torch.from_numpy(data).view(_DTYPES[info.dtype]).view(shape)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    out = tensor.to(dtype).contiguous()
-    if dtype == torch.float16 and not out.isfinite().all():
+def _find(path: str, locate: Locate, manifest: AdapterManifest) -> Key:
+    key = locate(path)
+    if key is None:
         raise AdapterError(
-            f"{name} holds weights beyond the range of float16; serve with --dtype bfloat16",
-            code="adapter_overflow",
+            f"adapter {manifest.digest[:12]} adapts {path}, which this model cannot",
+            code="adapter_mismatch",
         )
-    return out
+    return key
+
+
+def _load_extras(file: WeightsFile, manifest: AdapterManifest, locate: Locate) -> Extras:
+    magnitudes, delta_biases, biases = {}, {}, {}
+    linears, norms, tables = {}, {}, {}
+    for m in manifest.modules:
+        key = _find(m.path, locate, manifest)
+        if m.magnitude is not None:
+            magnitudes[key] = file.vector(m.magnitude, m.out_features, m.rows)
+        if m.delta_bias is not None:
+            delta_biases[key] = m.scaling * file.vector(m.delta_bias, m.out_features, m.rows)
+    for r in manifest.replacements:
+        if r.parameter == "bias":
+            biases[_find(r.path, locate, manifest)] = file.vector(r.tensor, r.shape[0], r.rows)
+            continue
+        weight = file.cast(file.read(r.tensor, r.shape, r.rows), r.tensor)
+        if r.kind == "linear":
+            linears[_find(r.path, locate, manifest)] = weight
+        elif r.kind == "norm":
+            norms[r.path] = weight
+        else:
+            tables[r.kind] = weight
+    return Extras(
+        magnitudes=magnitudes,
+        delta_biases=delta_biases,
+        biases=biases,
+        linears=linears,
+        norms=norms,
+        embedding=tables.get("embedding"),
+        head=tables.get("head"),
+        embedding_lora=_load_table(file, manifest.embedding_lora),
+        head_lora=_load_table(file, manifest.head_lora),
+        token_rows=_load_rows(file, manifest.token_rows),
+    )
+
+
+def _load_table(file: WeightsFile, m: ManifestModule | None) -> TableLora | None:
+    if m is None:
+        return None
+    if m.tied:
+        at = file.read(m.lora_a, (m.in_features, m.rank))
+        bt = file.read(m.lora_b, (m.rank, m.out_features))
+    else:
+        at = file.read(m.lora_a, (m.rank, m.in_features)).t()
+        bt = file.read(m.lora_b, (m.out_features, m.rank)).t()
+    return TableLora(file.cast(at, m.lora_a), file.cast(bt, m.lora_b), m.rank, m.scaling)
+
+
+def _load_rows(file: WeightsFile, m: ManifestRows | None) -> TokenRows | None:
+    if m is None:
+        return None
+    rows = file.read(m.tensor, (len(m.ids), m.hidden_size))[list(m.order)]
+    return TokenRows(torch.tensor(m.ids), file.cast(rows, m.tensor), m.in_head)

@@ -110,6 +110,11 @@ class AdapterLoader:
                 f"adapter {digest[:12]} was made for another base model: {mismatches[0].message}",
                 code=mismatches[0].code,
             )
+        if unserved := set(manifest.features) - {"alora", "fused_projections"}:
+            raise AdapterError(
+                f"adapter {digest[:12]} uses {', '.join(sorted(unserved))}, not served yet",
+                code="feature_unsupported",
+            )
         ranks = {}
         for module in manifest.modules:
             key = locate(module.path)

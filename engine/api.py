@@ -133,6 +133,7 @@ class ModuleShape(Struct, frozen=True, array_like=True):
     bias: bool = False  # whether the base model's module has one
     parts: tuple[int, ...] = ()  # out_features of the projections that a fused one consists of
     tied: bool = False  # of the head: its weight is the embedding's
+    weight_digest: str = ""  # of embedding and head: `adapters.digest.ValuesDigest`
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

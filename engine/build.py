@@ -34,6 +34,7 @@ from loraplex.engine.model_runner import ModelRunner
 from loraplex.engine.probe import AdapterProber
 from loraplex.engine.sampling import Sampler
 from loraplex.engine.seams import Runner
+from loraplex.engine.table_digests import TableDigests
 from loraplex.kernels.ops import KVCache, Ops
 from loraplex.kernels.select import select_ops
 
@@ -76,6 +77,7 @@ def build_engine(
     else:
         plan = plan_memory(config, model, dtype, device, before)
     with Checkpoint(directory) as checkpoint:
+        table_digests = TableDigests(checkpoint, model)
         decoder = load_decoder(
             model,
             checkpoint,
@@ -84,6 +86,7 @@ def build_engine(
             device,
             lambda done, total: on_progress("weights", done, total),
         )
+        weight_digests = table_digests.result()
     if measures:
         from loraplex.engine.gpu.assembly import measured_plan
 
@@ -98,6 +101,7 @@ def build_engine(
         device=device,
         backend=ops.name,
         max_model_len=plan.max_model_len,
+        weight_digests=weight_digests,
     )
     try:
         pool = PagePool(model.num_layers, model.module_shapes, plan.adapter_bytes, dtype, device)

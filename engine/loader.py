@@ -132,6 +132,9 @@ class Checkpoint:
         if unexpected:
             logger.warning("%s: unused tensors: %s", self.directory, _listed(unexpected))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def read(self, name: str) -> Tensor:
         """A tensor as stored, on the CPU, possibly still a view of the file."""
         tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)

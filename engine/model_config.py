@@ -6,6 +6,7 @@ approximated.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,52 @@ class DecoderConfig:
             (inner, hidden),
         )
 
-    def modules(self) -> list[ModuleShape]:
-        """Every linear module adapters may target, layer by layer."""
-        return [
-            ModuleShape(f"model.layers.{layer}.{name}", in_features, out_features)
-            for layer in range(self.num_layers)
-            for name, (in_features, out_features) in zip(
-                MODULE_NAMES, self.module_shapes, strict=True
+    def modules(self, weight_digests: Mapping[str, str] | None = None) -> list[ModuleShape]:
+        """Every module adapters may change, in the model's order.
+
+        weight_digests: of embedding and head, by path; see `table_digests.py`.
+        """
+        digests = weight_digests or {}
+        embedding_digest = digests.get("model.embed_tokens", "")
+        vocab, hidden = self.vocab_size, self.hidden_size
+        found = [
+            ModuleShape(
+                "model.embed_tokens", vocab, hidden, "embedding", weight_digest=embedding_digest
             )
         ]
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            found += [
+                ModuleShape(prefix + name, inputs, outputs, bias=bias)
+                for name, (inputs, outputs), bias in zip(
+                    MODULE_NAMES, self.module_shapes, self.module_biases, strict=True
+                )
+            ]
+            found += [
+                ModuleShape(prefix + name, size, size, "norm") for name, size in self.norm_sizes
+            ]
+        found.append(ModuleShape("model.norm", hidden, hidden, "norm"))
+        tied = self.tie_word_embeddings
+        digest = embedding_digest if tied else digests.get("lm_head", "")
+        head = ModuleShape("lm_head", hidden, vocab, "head", tied=tied, weight_digest=digest)
+        found.append(head)
+        return found
+
+    @property
+    def module_biases(self) -> tuple[bool, ...]:
+        """Whether one layer's modules have biases, in the order of `MODULE_NAMES`."""
+        return (self.qkv_bias,) * 3 + (self.o_bias,) + (self.mlp_bias,) * 3
+
+    @property
+    def norm_sizes(self) -> list[tuple[str, int]]:
+        """The norms of one layer, by name relative to it."""
+        names = [
+            ("input_layernorm", self.hidden_size),
+            ("post_attention_layernorm", self.hidden_size),
+        ]
+        if self.qk_norm:
+            names += [("self_attn.q_norm", self.head_dim), ("self_attn.k_norm", self.head_dim)]
+        return names
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the checkpoint must hold."""
@@ -99,16 +137,12 @@ class DecoderConfig:
         }
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        biased = (self.qkv_bias,) * 3 + (self.o_bias,) + (self.mlp_bias,) * 3
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
-            shapes[prefix + "input_layernorm.weight"] = hidden
-            shapes[prefix + "post_attention_layernorm.weight"] = hidden
-            if self.qk_norm:
-                shapes[prefix + "self_attn.q_norm.weight"] = (self.head_dim,)
-                shapes[prefix + "self_attn.k_norm.weight"] = (self.head_dim,)
+            for name, size in self.norm_sizes:
+                shapes[f"{prefix}{name}.weight"] = (size,)
             for name, (in_features, out_features), bias in zip(
-                MODULE_NAMES, self.module_shapes, biased, strict=True
+                MODULE_NAMES, self.module_shapes, self.module_biases, strict=True
             ):
                 shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
                 if bias:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def describe_model(
     device: torch.device,
     backend: str,
     max_model_len: int,
+    weight_digests: Mapping[str, str] | None = None,
 ) -> ModelInfo:
     """Raises: ModelError when the directory has no fast tokenizer."""
     config = _json(directory / "config.json")
@@ -63,7 +65,7 @@ def describe_model(
         generation_defaults={
             key: generation[key] for key in GENERATION_KEYS if generation.get(key) is not None
         },
-        modules=model.modules(),
+        modules=model.modules(weight_digests),
         num_parameters=sum(math.prod(shape) for shape in model.tensor_shapes().values()),
         hidden_size=model.hidden_size,
     )

@@ -23,7 +23,7 @@ class ServedModel:
     info: ModelInfo
     tokenizer: Tokenizer
     chat_template: ChatTemplate
-    signature: str  # sha256 over the module shapes: adapters validated against the same one fit
+    signature: str  # sha256 over the modules: adapters validated against the same one fit
     created_at: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -45,5 +45,9 @@ def served_name(model: str, served_model_name: str | None) -> str:
 
 
 def module_signature(modules: Sequence[ModuleShape]) -> str:
-    lines = sorted(f"{m.path} {m.in_features} {m.out_features}" for m in modules)
+    lines = sorted(
+        f"{m.path} {m.in_features} {m.out_features} {m.kind} {m.bias} {list(m.parts)} {m.tied} "
+        f"{m.weight_digest}"
+        for m in modules
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

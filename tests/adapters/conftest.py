@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,12 @@ import pytest
 from loraplex.engine.api import ModuleShape
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 32, 4, 2, 8, 48, 3
+VOCAB = 64
 
 
 @pytest.fixture(scope="session")
 def modules() -> list[ModuleShape]:
-    """The adaptable modules of a tiny Llama, in the order of the model."""
+    """What adapters may change of a tiny Llama, in the order of the model."""
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes = {
         "self_attn.q_proj": (HIDDEN, q),
@@ -30,11 +33,15 @@ def modules() -> list[ModuleShape]:
         "mlp.up_proj": (HIDDEN, INTERMEDIATE),
         "mlp.down_proj": (INTERMEDIATE, HIDDEN),
     }
-    return [
-        ModuleShape(f"model.layers.{layer}.{name}", *shape)
-        for layer in range(LAYERS)
-        for name, shape in shapes.items()
-    ]
+    norms = ("input_layernorm", "post_attention_layernorm")
+    found = [ModuleShape("model.embed_tokens", VOCAB, HIDDEN, "embedding")]
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        found += [ModuleShape(prefix + name, *shape) for name, shape in shapes.items()]
+        found += [ModuleShape(prefix + name, HIDDEN, HIDDEN, "norm") for name in norms]
+    found.append(ModuleShape("model.norm", HIDDEN, HIDDEN, "norm"))
+    found.append(ModuleShape("lm_head", HIDDEN, VOCAB, "head"))
+    return found
 
 
 def pack(tensors: dict[str, np.ndarray[Any, Any]], dtypes: dict[str, str] | None = None) -> bytes:
@@ -88,3 +95,19 @@ def draft(modules: list[ModuleShape]) -> Draft:
 @pytest.fixture(scope="session")
 def safetensors_bytes() -> Callable[..., bytes]:
     return pack
+
+
+@pytest.fixture(scope="session")
+def peft_effects() -> Any:
+    """The sibling module: importlib import mode gives test folders no package."""
+    name = "loraplex_tests_peft_effects"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, Path(__file__).with_name("peft_effects.py")
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]

@@ -23,6 +23,8 @@ PREFIX = "base_model.model."
 Q0_A = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 Q0_B = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"
 
+ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
 Change = Callable[[Any], None]
 
 
@@ -53,6 +55,14 @@ def renamed(old: str, new: str) -> Change:
 
 def added(name: str, *shape: int) -> Change:
     return tensors(**{PREFIX + name: np.ones(shape, "f4")})
+
+
+def both(*changes: Change) -> Change:
+    def change(draft: Any) -> None:
+        for one in changes:
+            one(draft)
+
+    return change
 
 
 def poisoned(value: float) -> Change:
@@ -122,19 +132,86 @@ BROKEN: dict[str, tuple[Change, set[str]]] = {
         added("model.layers.0.self_attn.q_proj.lora_A.default.weight", 4, 32),
         {"tensor_duplicate"},
     ),
-    "DoRA": (
+    "a magnitude without DoRA": (
         added("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 32),
         {"tensor_unsupported"},
     ),
-    "a bias of B": (
+    "DoRA without a magnitude": (config(use_dora=True), {"tensor_missing"}),
+    "a bias of B without lora_bias": (
         added("model.layers.0.self_attn.q_proj.lora_B.bias", 32),
         {"tensor_unsupported"},
     ),
-    "an adapted embedding": (
-        added("model.embed_tokens.lora_embedding_A", 4, 64),
+    "lora_bias without a bias of B": (config(lora_bias=True), {"tensor_missing"}),
+    "a bias that the model lacks": (
+        both(added("model.layers.0.self_attn.q_proj.base_layer.bias", 32), config(bias="all")),
         {"tensor_unsupported"},
     ),
-    "a saved head": (added("lm_head.weight", 64, 32), {"tensor_unsupported"}),
+    "an adapted embedding that the config does not name": (
+        both(
+            added("model.embed_tokens.lora_embedding_A", 4, 64),
+            added("model.embed_tokens.lora_embedding_B", 32, 4),
+        ),
+        {"tensor_untargeted"},
+    ),
+    "half of an adapted embedding": (
+        added("model.embed_tokens.lora_embedding_A", 4, 64),
+        {"pair_incomplete", "tensor_untargeted"},
+    ),
+    "LoRA factors of a linear module for the embedding": (
+        added("model.embed_tokens.lora_A.weight", 4, 64),
+        {"tensor_unsupported"},
+    ),
+    "a head for another vocabulary": (added("lm_head.weight", 70, 32), {"shape_mismatch"}),
+    "a saved norm that the config does not name": (
+        added("model.norm.weight", 32),
+        {"tensor_unsupported"},
+    ),
+    "a saved linear that the config does not name": (
+        added("model.layers.0.mlp.up_proj.weight", 48, 32),
+        {"tensor_unsupported"},
+    ),
+    "a saved module without tensor": (config(modules_to_save=["lm_head"]), {"tensor_missing"}),
+    "a saved module that is none": (config(modules_to_save=["score"]), {"target_unmatched"}),
+    "saved whole layers": (config(modules_to_save=["layers.1"]), {"feature_unsupported"}),
+    "saved and adapted": (config(modules_to_save=["proj"]), {"module_conflict"}),
+    "DoRA of the head": (
+        config(use_dora=True, target_modules=["q_proj", "v_proj", "lm_head"]),
+        {"feature_unsupported"},
+    ),
+    "lora_bias of the head": (
+        config(lora_bias=True, target_modules=["q_proj", "v_proj", "lm_head"]),
+        {"feature_unsupported"},
+    ),
+    "tokens without rows": (config(trainable_token_indices=[3]), {"tensor_missing"}),
+    "rows without tokens": (added(ROWS, 2, 32), {"tensor_unsupported"}),
+    "fewer rows than tokens": (
+        both(added(ROWS, 1, 32), config(trainable_token_indices=[3, 4])),
+        {"shape_mismatch"},
+    ),
+    "rows of another width": (
+        both(added(ROWS, 2, 31), config(trainable_token_indices=[3, 4])),
+        {"shape_mismatch"},
+    ),
+    "a token that the model lacks": (
+        both(added(ROWS, 1, 32), config(trainable_token_indices=[64])),
+        {"token_unknown"},
+    ),
+    "tokens of a norm": (
+        both(added(ROWS, 1, 32), config(trainable_token_indices={"norm": [6]})),
+        {"target_unmatched"},
+    ),
+    "tokens of a head of its own": (
+        config(trainable_token_indices={"lm_head": [6]}),
+        {"feature_unsupported"},
+    ),
+    "tokens of an adapted embedding": (
+        config(trainable_token_indices=[6], target_modules=["q_proj", "v_proj", "embed_tokens"]),
+        {"module_conflict"},
+    ),
+    "tokens of a saved embedding": (
+        config(trainable_token_indices=[6], modules_to_save=["embed_tokens"]),
+        {"module_conflict"},
+    ),
     "a tensor of nothing": (added("hello", 3), {"tensor_unsupported"}),
     "another adapter's name": (
         renamed("lora_A.weight", "lora_A.mine.weight"),
@@ -184,7 +261,7 @@ def test_a_wrong_shape_names_tensor_expected_and_actual(
 def test_all_problems_of_both_files_at_once(
     draft: Any, tmp_path: Path, modules: list[ModuleShape]
 ) -> None:
-    draft.config |= {"use_dora": True, "surprise": 1, "target_modules": ["q_proj", "v_proj", "x"]}
+    draft.config |= {"use_qalora": True, "surprise": 1, "target_modules": ["q_proj", "v_proj", "x"]}
     del draft.tensors[Q0_B]
     poisoned_name = f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight"
     draft.tensors[poisoned_name][0, 0] = math.nan

@@ -117,7 +117,12 @@ def test_no_config_is_a_model_error(tmp_path: Path) -> None:
 
 def test_modules_carry_the_names_adapters_use() -> None:
     modules = decoder_config(make("llama")).modules()
-    assert len(modules) == 4 * 7
+    assert [m.kind for m in modules].count("linear") == 4 * 7
+    assert [m.path for m in modules if m.kind != "linear" and ".layers." not in m.path] == [
+        "model.embed_tokens",
+        "model.norm",
+        "lm_head",
+    ]
     shapes = {m.path: (m.in_features, m.out_features) for m in modules}
     assert shapes["model.layers.0.self_attn.q_proj"] == (64, 64)
     assert shapes["model.layers.3.self_attn.k_proj"] == (64, 32)
