@@ -293,7 +293,7 @@ class _Reader:
 
     def _invocation_tokens(self) -> tuple[int, ...]:
         value: Any = self.raw.get("alora_invocation_tokens")
-        if _is_off("alora_invocation_tokens", value):
+        if _is_off(value):
             return ()
         if (
             isinstance(value, list)
