@@ -279,6 +279,7 @@ class Engine:
                 request_id=seq.request_id,
                 finish_reason=FinishReason.STOP,
                 num_cached_tokens=seq.num_cached_tokens,
+                not_invoked=seq.not_invoked,
                 queue_s=seq.first_scheduled_time - seq.arrival_time,
                 embedding=embedding,
             ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loraplex.engine.activation import activation_start
 from loraplex.engine.api import AdapterUse
 from loraplex.platform.callers import Caller
 from loraplex.platform.errors import ApiError
@@ -16,9 +18,25 @@ from loraplex.platform.served_model import ServedModel
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """The adapters of one request, in order, with their weights."""
+    """The adapters of one request, in order, with their weights.
+
+    invoked: of activated LoRAs, by digest, whether every prompt has their invocation tokens.
+    """
 
     members: tuple[tuple[ResolvedAdapter, float], ...] = ()
+    invoked: Mapping[str, bool] = field(default_factory=dict)
+
+    def in_prompts(self, prompts: Sequence[Sequence[int]]) -> Composition:
+        """prompts: the request's, as token ids. The engine searches them by the same function."""
+        invoked = {
+            adapter.digest: all(
+                activation_start(prompt, adapter.invocation_tokens) is not None
+                for prompt in prompts
+            )
+            for adapter, _ in self.members
+            if adapter.invocation_tokens
+        }
+        return replace(self, invoked=invoked)
 
     def uses(self) -> tuple[AdapterUse, ...]:
         return tuple(AdapterUse(adapter.digest, weight) for adapter, weight in self.members)
@@ -33,16 +51,23 @@ class Composition:
             }
             if len(self.members) > 1:
                 item["weight"] = weight
+            if adapter.digest in self.invoked:
+                item["invoked"] = self.invoked[adapter.digest]
             objects.append(item)
         return tuple(objects)
 
     def headers(self) -> dict[str, str]:
         if not self.members:
             return {}
-        return {
-            "x-adapter-version": ",".join(adapter.reference for adapter, _ in self.members),
-            "x-adapter-digest": ",".join(f"sha256:{adapter.digest}" for adapter, _ in self.members),
+        adapters = [adapter for adapter, _ in self.members]
+        headers = {
+            "x-adapter-version": ",".join(adapter.reference for adapter in adapters),
+            "x-adapter-digest": ",".join(f"sha256:{adapter.digest}" for adapter in adapters),
         }
+        if self.invoked:
+            applied = [self.invoked.get(adapter.digest, True) for adapter in adapters]
+            headers["x-adapter-invoked"] = ",".join(str(item).lower() for item in applied)
+        return headers
 
 
 class Composer:

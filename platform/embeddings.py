@@ -78,6 +78,7 @@ class EmbeddingService:
             fit(prompt, body.truncate_prompt_tokens, model, "input")
             for prompt in await encode_prompts(body.input, model, add_special, param="input")
         ]
+        composition = composition.in_prompts([prompt.token_ids for prompt in prompts])
         answer_id = f"embd-{body.request_id or uuid.uuid4().hex}"
         options = TextOptions(keep_empty=True)
         choices = [

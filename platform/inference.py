@@ -139,6 +139,7 @@ class InferenceService:
                 param=asked,
             )
         _check_token_lists(body, model.info.vocab_size)
+        composition = composition.in_prompts([prompt.token_ids for prompt in prompts])
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         answer_id = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
         show_special = body.skip_special_tokens is False

@@ -32,6 +32,7 @@ class ResolvedAdapter:
     version_id: int
     digest: str
     rank: int
+    invocation_tokens: tuple[int, ...] = ()
     refusal: Refusal | None = None
 
     @property
@@ -149,6 +150,7 @@ def _resolved(row: AdapterVersion, caller: Caller) -> ResolvedAdapter:
         version_id=row.id,
         digest=row.digest,
         rank=row.manifest["rank"],
+        invocation_tokens=tuple(row.manifest.get("invocation_tokens") or ()),
         refusal=refusal(row),
     )
 
