@@ -336,6 +336,25 @@ def test_an_activated_lora(draft: Any, tmp_path: Path, modules: list[ModuleShape
     )
 
 
+@pytest.mark.parametrize("feature", ["use_dora", "lora_bias"])
+def test_an_activated_lora_has_a_and_b_and_nothing_else(
+    feature: str, draft: Any, tmp_path: Path, modules: list[ModuleShape]
+) -> None:
+    """peft refuses DoRA with it; the bias of B it would apply from the tokens on, we do not yet."""
+    more = "lora_magnitude_vector" if feature == "use_dora" else "lora_B.bias"
+    draft.config[feature] = True
+    for name, b in list(draft.tensors.items()):
+        if name.endswith("lora_B.weight"):
+            draft.tensors[name.replace("lora_B.weight", more)] = np.ones(len(b), "f4")
+    assert inspect(draft.write(tmp_path), modules).features
+    draft.config["alora_invocation_tokens"] = [5, 3]
+    with pytest.raises(AdapterRefused) as refused:
+        inspect(draft.write(tmp_path), modules)
+    [problem] = refused.value.problems
+    assert problem.code == "feature_unsupported"
+    assert feature.removeprefix("use_") in problem.message
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"format": 2}', b'{"format": 1}'])
 def test_a_manifest_that_is_none(raw: bytes) -> None:
     with pytest.raises(AdapterCorrupt):
