@@ -102,4 +102,6 @@ def cases(steps: Steps, digests: dict[str, str], make_prompt: Any) -> list[Seque
         (),
         (AdapterUse(every[3], -0.75),),
     ]
-    return [steps.sequence(make_prompt(5 + 9 * i, i), *uses) for i, uses in enumerate(compositions)]
+    made = [steps.sequence(make_prompt(5 + 9 * i, i), *uses) for i, uses in enumerate(compositions)]
+    made[4].spans = ((0, ()), (23, made[4].adapters))  # as if they were invoked there
+    return made

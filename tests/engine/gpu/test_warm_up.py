@@ -87,6 +87,31 @@ def test_no_step_compiles_anything(
     assert notes
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    new=st.integers(2, 200),
+    before=st.integers(0, 40),
+    active=st.integers(1, 199),
+    beside=st.lists(st.integers(0, 1), max_size=2),
+)
+def test_an_adapter_that_begins_inside_a_step_compiles_nothing(
+    warm: Any, new: int, before: int, active: int, beside: list[int]
+) -> None:
+    ready = warm("llama")
+    steps = DummySteps(ready.runner, MAX_LEN)
+    with meta.watched() as (notes, _), dummy_adapter(ready.pool) as use:
+        seq = steps.sequence(min(before + new, MAX_LEN), (use,))
+        new = min(new, seq.num_tokens)
+        seq.spans = ((0, ()), (max(0, seq.num_tokens - active), (use,)))
+        others = [(steps.sequence(9, ((use,), ())[i]), 1) for i in beside]
+        schedule = steps.schedule([(seq, new), *others])
+        ready.runner.collect(ready.runner.launch(schedule))
+        ready.runner.forget([s.seq.seq_id for s in schedule.scheduled])
+    new_ones = distinct(notes).keys() - ready.compiled
+    assert not new_ones, "\n".join(map(str, new_ones))
+    assert notes
+
+
 @torch.inference_mode()
 def test_the_first_probe_compiles_nothing(warm: Any) -> None:
     """Adapters are registered while others are served."""
