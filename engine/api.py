@@ -20,12 +20,32 @@ class FinishReason(StrEnum):
     ERROR = "error"  # failed; the output carries `error`
 
 
+class GrammarKind(StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"  # the text is a JSON array of strings
+    GRAMMAR = "grammar"  # Lark's or GBNF's (EBNF) notation
+
+
+class Grammar(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What an output must look like. `whitespace`: a regular expression of the white space that
+    JSON may have between its tokens; "" = none, None = a little.
+    """
+
+    kind: GrammarKind
+    text: str
+    whitespace: str | None = None
+
+
 class SamplingParams(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How to choose tokens. Values are validated by `engine/validation.py`, not here.
 
     `temperature == 0` is greedy. `top_k <= 0` and `min_p == 0` and `top_p == 1` switch their
     filter off.
     `logprobs`: None = none, 0 = the chosen token's only, k = also the k most likely.
+    `grammar`: the output follows it, and ends when it is complete and the model says so, or when
+    nothing can follow; `max_tokens` may cut it. `min_tokens` and `ignore_eos` put the end off for
+    as long as the grammar can go on. `allowed_token_ids` holds as well.
     `seed`: same seed, prompt, adapter and parameters give the same tokens whatever shares the
     batch.
     """
@@ -46,6 +66,7 @@ class SamplingParams(Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] = {}  # noqa: RUF012 - a copy for each, as in msgspec
     allowed_token_ids: tuple[int, ...] | None = None
+    grammar: Grammar | None = None
 
 
 class AdapterUse(Struct, frozen=True, array_like=True):
@@ -230,7 +251,8 @@ class FreedBytes(Struct, frozen=True, kw_only=True):
 class RequestInfo(Struct, frozen=True, kw_only=True):
     request_id: str
     state: str  # "running" | "waiting"
-    waiting_reason: str | None  # "kv" | "slot" | "adapter_loading" | "quota" | None
+    # "kv" | "slot" | "adapter_loading" | "grammar" | "quota" | None
+    waiting_reason: str | None
     digests: list[str]
     prompt_tokens: int
     output_tokens: int

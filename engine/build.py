@@ -21,8 +21,10 @@ from loraplex.engine.api import MemoryInfo
 from loraplex.engine.batch import BatchBuilder
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.constraints import Constraints
 from loraplex.engine.engine import Engine
 from loraplex.engine.errors import ModelError
+from loraplex.engine.grammars import GuidanceCompiler
 from loraplex.engine.hosted import HostedEngine
 from loraplex.engine.loader import Checkpoint, choose_dtype, find_model
 from loraplex.engine.machine import available_cpus, device_memory
@@ -124,10 +126,19 @@ def build_engine(
         return msgspec.structs.replace(still, device_bytes_free=device_memory(device).free)
 
     prober = AdapterProber(decoder, pool, config.block_size, config.adapter_dir)
-    engine = Engine(config, info, runner, slots, blocks, memory_now, prober=prober)
-    loader.on_done = engine.wake
+    constraints = Constraints(
+        GuidanceCompiler(info),
+        vocab_size=info.vocab_size,
+        eos_token_ids=frozenset(info.eos_token_ids),
+        num_threads=max(1, min(4, available_cpus() // 4)),
+    )
+    engine = Engine(
+        config, info, runner, slots, blocks, memory_now, prober=prober, constraints=constraints
+    )
+    loader.on_done = constraints.on_news = engine.wake
 
     def close() -> None:
+        constraints.close()
         loader.close()
         prober.close()
 

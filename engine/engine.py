@@ -1,7 +1,7 @@
 """The engine: takes requests in, runs steps, hands outputs back. Synchronous, one thread, no
 torch.
 
-    step:  take in loads -> orders -> schedule -> launch -> settle -> outputs
+    step:  take in loads, masks -> orders -> schedule -> launch -> settle -> outputs
 
 What `settle` waits for is this step on a CPU and the one before it on a GPU, which so runs on
 while the next step is prepared (`in_flight.py`).
@@ -31,6 +31,7 @@ from loraplex.engine import api
 from loraplex.engine.api import ErrorInfo, FinishReason, SequenceOutput
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.constraints import Constraints
 from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidRequest
 from loraplex.engine.in_flight import InFlight, StepInFlight
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
@@ -42,6 +43,10 @@ from loraplex.engine.validation import validate_request
 logger = logging.getLogger(__name__)
 
 News = api.Answer | api.AdapterEvent
+
+# How long a step may wait for the grammar masks of running sequences. One takes 0.05 ms as a rule,
+# and whoever has none by then sits the step out.
+MASK_WAIT_S = 0.002
 
 
 class Engine:
@@ -62,6 +67,7 @@ class Engine:
         memory: Callable[[], api.MemoryInfo],
         *,
         prober: Prober | None = None,
+        constraints: Constraints | None = None,
         on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,6 +79,7 @@ class Engine:
         self._blocks = blocks
         self._memory = memory
         self._prober = prober
+        self._constraints = constraints
         self._clock = clock
         self._wake = threading.Event()
         self._in_flight = InFlight(slots.release)
@@ -110,6 +117,10 @@ class Engine:
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request_id {request.request_id!r} is in use by a live request")
         validate_request(request, self.model, self._max_model_len)
+        if request.sampling.grammar is not None and self._constraints is None:
+            raise InvalidRequest(
+                "this engine does not follow grammars", code="unsupported_parameter"
+            )
         self._scheduler.check(len(request.prompt_token_ids))
         digests = [use.digest for use in canonical_composition(request.adapters)]
         try:
@@ -129,6 +140,8 @@ class Engine:
         self._num_ranks += 1
         self._sequences[seq.request_id] = self._by_rank[seq.order] = seq
         self._scheduler.add(seq)
+        if self._constraints is not None and seq.has_grammar:
+            self._constraints.begin(seq)
 
     def cancel(self, request_id: str) -> bool:
         """End a request; what it held is given back (`in_flight.py`), its last output comes with
@@ -165,6 +178,7 @@ class Engine:
         """
         self._wake.clear()
         self._take_in_loads()
+        self._take_in_masks()
         self._orders.poll()
         schedule = self._scheduler.schedule()
         self._ran = bool(schedule.scheduled or self._in_flight)
@@ -197,6 +211,11 @@ class Engine:
                 self._orders.want_failed(failed)
                 continue
             self._fail(seq, error_info(AdapterUnavailable(failed.message, code=failed.code)))
+
+    def _take_in_masks(self) -> None:
+        if self._constraints is not None:
+            for seq, error in self._constraints.poll(self._scheduler.running, MASK_WAIT_S):
+                self._fail(seq, error_info(error))
 
     def _launch(self, schedule: Schedule) -> None:
         self._note_first_scheduled(schedule)
@@ -266,10 +285,12 @@ class Engine:
             not_invoked=seq.not_invoked if is_first else [],
             queue_s=seq.first_scheduled_time - seq.arrival_time if is_first else None,
         )
-        if reason is None:
-            self._outputs.append(output)
-        else:
+        if reason is not None:
             self._end(seq, output)
+            return
+        self._outputs.append(output)
+        if self._constraints is not None and seq.has_grammar:
+            self._constraints.advance(seq)
 
     def _end_pooled(self, seq: Sequence, embedding: bytes) -> None:
         assert seq.first_scheduled_time is not None
@@ -310,6 +331,8 @@ class Engine:
     def _end(self, seq: Sequence, output: SequenceOutput) -> None:
         """The only way out of the engine."""
         self._scheduler.remove(seq)
+        if self._constraints is not None:
+            self._constraints.forget(seq)
         del self._sequences[seq.request_id]
         del self._by_rank[seq.order]
         seq.finish_reason = output.finish_reason
@@ -418,6 +441,8 @@ class Engine:
         assert live == {id(seq) for seq in self._sequences.values()}, "a live sequence is lost"
         assert live == {id(seq) for seq in self._by_rank.values()}, "ranks"
         assert len(self._in_flight) <= self._runner.max_in_flight, "too many steps in flight"
+        if self._constraints is not None:
+            self._constraints.check_invariants(list(self._sequences.values()))
         running = Counter(d for seq in scheduler.running for d in seq.digests)
         running += self._in_flight.held
         assert running == Counter(
@@ -445,6 +470,8 @@ class Engine:
 def _finish(seq: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
     """Does this token, about to be appended, end the sequence? With the stop token, if one did."""
     num_tokens = len(seq.token_ids)
+    if seq.has_grammar and token_id in seq.eos_token_ids:
+        return FinishReason.STOP, None  # its mask allows eos only where it may end
     if num_tokens - seq.num_prompt_tokens >= seq.sampling.min_tokens:
         if token_id in seq.eos_token_ids:
             return FinishReason.STOP, None

@@ -4,10 +4,10 @@ Rows that only take the most likely token pay for one `max`; every other feature
 that asked for it. A row's outcome depends on nothing but its own logits, parameters, seed and
 position, so it is the same whatever shares the batch and after a preemption.
 
-Order: bias, allowed and suppressed tokens; penalties; temperature; top-k; top-p; min-p. Nothing is
-sorted: whether a token is in the nucleus can be asked of the token alone (how much mass lies above
-it?), so top-p draws and asks again until the answer is yes. Tokens of equal probability are kept or
-dropped together. Log-probabilities are of the raw logits.
+Order: bias, allowed and suppressed tokens, a grammar's mask; penalties; temperature; top-k; top-p;
+min-p. Nothing is sorted: whether a token is in the nucleus can be asked of the token alone (how
+much mass lies above it?), so top-p draws and asks again until the answer is yes. Tokens of equal
+probability are kept or dropped together. Log-probabilities are of the raw logits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ class Traits:
     """What a sequence's parameters ask for; worked out once per sequence."""
 
     greedy: bool
-    edits: bool  # bias, allowed or suppressed tokens, which change single logits
+    edits: bool  # bias, allowed or suppressed tokens, a grammar, which change single logits
     penalties: bool
     plain: bool  # nothing but the most likely token
 
     @classmethod
     def of(cls, p: SamplingParams) -> Traits:
         greedy = p.temperature < GREEDY_BELOW
-        edits = bool(p.logit_bias) or p.allowed_token_ids is not None or p.min_tokens > 0
+        edits = (
+            bool(p.logit_bias)
+            or p.allowed_token_ids is not None
+            or p.min_tokens > 0
+            or p.grammar is not None
+        )
         penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         return cls(
             greedy=greedy,
@@ -140,6 +145,10 @@ class Sampler:
         suppressed = seq.suppressed_token_ids
         if suppressed:
             row[torch.tensor(sorted(suppressed), device=row.device)] = -torch.inf
+        if seq.has_grammar:
+            assert seq.mask is not None, f"sequence {seq.seq_id} samples without its mask"
+            bits = np.unpackbits(seq.mask.view(np.uint8), count=len(row), bitorder="little")
+            row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -torch.inf)
 
     def _penalise(self, row: Tensor, seq: Sequence) -> None:
         """CTRL's repetition penalty over prompt and output; OpenAI's two over the output."""

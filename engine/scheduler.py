@@ -14,10 +14,14 @@ waiting sequences.
   recomputed. The first in order can thus always go on, and since no request may need more blocks
   than there are, all of them end. Nothing is admitted in such a step, and a few blocks stay
   unallocated at admission, against thrashing.
-* A waiting sequence whose adapters are not on the device is passed over and blocks nobody. One
-  that lacks blocks blocks all behind it, else a long prompt would wait forever behind short ones.
+* A waiting sequence whose adapters are not on the device, or whose grammar is not compiled, is
+  passed over and blocks nobody. One that lacks blocks blocks all behind it, else a long prompt
+  would wait forever behind short ones.
 
-Steps may be in flight: a token that one of them samples is scheduled to run before it is known.
+Steps may be in flight: a token that one of them samples is scheduled to run before it is known. Not
+so with a grammar: which tokens may follow depends on it. Such a sequence sits out the step that is
+launched while its token is in flight, and any step for which its mask is not ready; the others go
+on.
 """
 
 from __future__ import annotations
@@ -113,7 +117,7 @@ class Scheduler:
         if seq.status is not SequenceStatus.WAITING:
             return None
         if self._slots.is_ready(seq.digests):
-            return self._stopped_by
+            return WaitingReason.GRAMMAR if seq.lacks_mask else self._stopped_by
         if self._slots.waits_for_room(seq.digests):
             return WaitingReason.SLOT
         return WaitingReason.ADAPTER_LOADING
@@ -156,12 +160,14 @@ class Scheduler:
     def _schedule_running(self, chosen: list[ScheduledSequence], budget: int) -> tuple[int, bool]:
         """Returns the budget left and whether blocks ran out."""
         lacks_blocks = False
-        num_decodes_to_come = sum(seq.num_uncomputed_tokens == 1 for seq in self.running)
+        num_decodes_to_come = sum(_decodes(seq) for seq in self.running)
         index = 0
         while index < len(self.running):  # which shrinks from its end
             seq = self.running[index]
             index += 1
-            if seq.num_uncomputed_tokens == 1:
+            if seq.lacks_mask:
+                continue
+            if _decodes(seq):
                 num_decodes_to_come -= 1
             num_tokens = min(seq.num_uncomputed_tokens, budget - num_decodes_to_come)
             if num_tokens <= 0:
@@ -171,11 +177,16 @@ class Scheduler:
                 victim = self.running[-1]
                 if victim is seq:
                     break  # the last in order: it pauses and keeps what it has
-                num_decodes_to_come -= victim.num_uncomputed_tokens == 1
+                num_decodes_to_come -= _decodes(victim)
                 self._preempt(victim)
             else:
                 budget -= self._choose(chosen, seq, num_tokens)
-        assert chosen or not self.running or self._in_flight, "running sequences cannot go on"
+        assert (
+            chosen
+            or not self.running
+            or self._in_flight
+            or any(seq.lacks_mask for seq in self.running)
+        ), "running sequences cannot go on"
         return budget, lacks_blocks
 
     def _schedule_waiting(self, chosen: list[ScheduledSequence], budget: int) -> int:
@@ -185,6 +196,8 @@ class Scheduler:
         for seq in self.waiting:
             if budget <= 0 or len(self.running) >= self._max_num_seqs:
                 break
+            if seq.lacks_mask:
+                continue
             is_ready = ready.get(seq.digests)
             if is_ready is None:
                 is_ready = ready[seq.digests] = self._slots.is_ready(seq.digests)
@@ -250,6 +263,11 @@ class Scheduler:
         assert not any(seq.num_pending for seq in self.waiting), "a waiting sequence has a pending"
         self._blocks.check_invariants(self.running)
         self._in_flight.check_invariants(self.running)
+
+
+def _decodes(seq: Sequence) -> bool:
+    """It can run one token now, of which it is sure."""
+    return seq.num_uncomputed_tokens == 1 and not seq.lacks_mask
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

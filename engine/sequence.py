@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from loraplex.engine.activation import Span, activation_spans
 from loraplex.engine.api import (
@@ -30,6 +31,9 @@ from loraplex.engine.api import (
     SamplingParams,
     TokenLogprobs,
 )
+
+if TYPE_CHECKING:
+    from loraplex.engine.grammars import Mask
 
 
 class SequenceStatus(StrEnum):
@@ -44,6 +48,7 @@ class WaitingReason(StrEnum):
     KV = "kv"  # not enough free blocks
     SLOT = "slot"  # no room on the device for one of its adapters
     ADAPTER_LOADING = "adapter_loading"
+    GRAMMAR = "grammar"  # its grammar is not compiled yet
     QUOTA = "quota"  # the step has no sequence or token left
 
 
@@ -63,7 +68,7 @@ class Sequence:
     token_ids: list[int]  # prompt + output, as far as known
     num_prompt_tokens: int
     max_num_tokens: int  # prompt + output never grow past this
-    eos_token_ids: frozenset[int]  # empty when the request ignores eos
+    eos_token_ids: frozenset[int]  # empty when the request ignores eos and has no grammar
     arrival_time: float  # seconds, the engine's clock
     seed: int  # the request's, or drawn when it was added
 
@@ -81,6 +86,8 @@ class Sequence:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    # With a grammar: the tokens that may come after those in `token_ids`; None = not known yet.
+    mask: Mask | None = None
 
     def __post_init__(self) -> None:
         self.adapters = self.spans[-1][1]
@@ -116,7 +123,9 @@ class Sequence:
                 max_model_len,
                 max_model_len if max_tokens is None else num_prompt_tokens + max_tokens,
             ),
-            eos_token_ids=frozenset() if request.sampling.ignore_eos else eos_token_ids,
+            eos_token_ids=eos_token_ids
+            if not request.sampling.ignore_eos or request.sampling.grammar is not None
+            else frozenset(),
             arrival_time=arrival_time,
             seed=seed,
         )
@@ -173,8 +182,21 @@ class Sequence:
         return self.wants_prompt_logprobs or self.request.pooling == "mean"
 
     @property
+    def has_grammar(self) -> bool:
+        return self.request.sampling.grammar is not None
+
+    @property
+    def lacks_mask(self) -> bool:
+        """It cannot run now: which tokens its grammar allows next depends on one that only the
+        device knows, or is being worked out.
+        """
+        return self.has_grammar and (self.num_pending > 0 or self.mask is None)
+
+    @property
     def suppressed_token_ids(self) -> frozenset[int]:
-        """What the sampler must not choose now: tokens that would end it before `min_tokens`."""
-        if self.num_output_tokens >= self.sampling.min_tokens:
+        """What the sampler must not choose now: tokens that would end it before `min_tokens`. With
+        a grammar `mask` says it.
+        """
+        if self.has_grammar or self.num_output_tokens >= self.sampling.min_tokens:
             return frozenset()
         return self.eos_token_ids | frozenset(self.sampling.stop_token_ids)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from loraplex.engine.api import GenerationRequest, ModelInfo, SamplingParams
+from loraplex.engine.api import GenerationRequest, Grammar, ModelInfo, SamplingParams
 from loraplex.engine.errors import InvalidRequest
 
 MAX_ADAPTERS = 8  # of one request
@@ -21,6 +21,8 @@ MAX_BIAS = 100.0
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 MAX_ADAPTER_WEIGHT = 100.0
+MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_WHITESPACE_CHARS = 256
 
 
 def validate_request(request: GenerationRequest, model: ModelInfo, max_model_len: int) -> None:
@@ -93,6 +95,22 @@ def _check_sampling(s: SamplingParams, model: ModelInfo) -> None:
         if count is not None and not 0 <= count <= MAX_LOGPROBS:
             raise InvalidRequest(f"{name}={count}: must be between 0 and {MAX_LOGPROBS}")
     _check_token_lists(s, model)
+    if s.grammar is not None:
+        _check_grammar(s.grammar)
+
+
+def _check_grammar(grammar: Grammar) -> None:
+    """Its length only: whether it can be followed shows when it is compiled."""
+    for name, text, limit in (
+        (f"grammar ({grammar.kind})", grammar.text, MAX_GRAMMAR_CHARS),
+        ("whitespace", grammar.whitespace or "", MAX_WHITESPACE_CHARS),
+    ):
+        if len(text.encode(errors="replace")) > limit:
+            raise InvalidRequest(
+                f"{name}: {len(text)} characters are too many, at most {limit} bytes are allowed; "
+                "shorten it",
+                code="invalid_grammar",
+            )
 
 
 def _check_token_lists(s: SamplingParams, model: ModelInfo) -> None:

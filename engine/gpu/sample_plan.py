@@ -19,7 +19,7 @@ from loraplex.engine.sequence import Sequence
 from loraplex.kernels.gpu.sample_rows import EDIT, RECORD, WORDS
 
 Edits = np.ndarray[tuple[int], np.dtype[np.void]]  # of dtype EDIT
-_NO_EDIT = -1
+_NO_EDIT = _NO_MASK = -1
 SamplingItem = tuple[Sequence, int, int]  # sequence, its state row, position of the sampled token
 
 
@@ -30,6 +30,7 @@ class RowWishes:
     seq_id: int
     draws: bool
     penalised: bool
+    masked: bool  # by a grammar
     num_top: int | None  # log-probabilities, None = none
     first_end: int  # the first position whose token may end the sequence
     edits: Edits
@@ -51,11 +52,14 @@ class RowWishes:
         edits = dict(p.logit_bias)
         if p.allowed_token_ids is not None:
             edits = {token: edits.get(token, 0.0) for token in p.allowed_token_ids}
-        ending = seq.eos_token_ids | frozenset(p.stop_token_ids) if p.min_tokens > 0 else ()
+        ending: frozenset[int] = frozenset()
+        if p.min_tokens > 0 and not seq.has_grammar:  # whose mask says it
+            ending = seq.eos_token_ids | frozenset(p.stop_token_ids)
         return cls(
             seq_id=seq.seq_id,
             draws=not traits.greedy,
             penalised=traits.penalties,
+            masked=seq.has_grammar,
             num_top=p.logprobs,
             first_end=seq.num_prompt_tokens + p.min_tokens if ending else 0,
             edits=_array(edits),
@@ -74,6 +78,8 @@ class SamplePlan:
     edits: Tensor  # [N, 2] int32
     draws: bool  # some row needs random numbers
     penalised: list[int]  # rows
+    masked: list[int]  # rows whose grammar says each step anew what they may get
+    mask_slots: Tensor | None  # [E] int32, by edit slot: which of `masked` it is, -1 = none
     logprobs: list[tuple[int, int]]  # rows that ask for them, and how many likeliest
 
     def serves(self, rows: list[tuple[int, int]], positions: list[int]) -> bool:
@@ -92,12 +98,16 @@ def make_plan(
     """rows: (seq_id, state row) of each. positions: of the tokens to be sampled."""
     records: list[tuple[Any, ...]] = []
     edit_rows: list[int] = []
+    masked: list[int] = []
+    mask_slots: list[int] = []
     edits: list[Edits] = [_array({})]
     num_edits = 0
     for i, (wish, position) in enumerate(zip(wishes, positions, strict=True)):
         slot, mine = _NO_EDIT, wish.early_edits if position < wish.first_end else wish.edits
-        if wish.penalised or len(mine):
+        if wish.penalised or wish.masked or len(mine):
             slot = len(edit_rows)
+            mask_slots.append(len(masked) if wish.masked else _NO_MASK)
+            masked += [i] if wish.masked else []
             edit_rows.append(i)
             edits.append(mine)
         records.append((*wish.record_head, slot, num_edits, len(mine), *wish.record_tail))
@@ -115,6 +125,8 @@ def make_plan(
         edits=send(np.concatenate(edits).view(np.int32).reshape(-1, 2), device),
         draws=any(wish.draws for wish in wishes),
         penalised=[i for i, wish in enumerate(wishes) if wish.penalised],
+        masked=masked,
+        mask_slots=send(np.array(mask_slots, dtype=np.int32), device) if masked else None,
         logprobs=[(i, wish.num_top) for i, wish in enumerate(wishes) if wish.num_top is not None],
     )
 

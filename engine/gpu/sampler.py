@@ -22,7 +22,7 @@ from loraplex.engine.gpu.transfers import Arrival, send
 from loraplex.engine.sampling import Sampled
 from loraplex.engine.sequence import Sequence
 from loraplex.kernels.gpu.sample_draw import draw
-from loraplex.kernels.gpu.sample_edits import edit_logits
+from loraplex.kernels.gpu.sample_edits import TokenMasks, edit_logits
 from loraplex.kernels.gpu.sample_peaks import find_peaks, take_likeliest
 from loraplex.kernels.gpu.sample_rows import SampleRows
 
@@ -71,7 +71,8 @@ class DeviceSampler:
         if plan.edit_rows is None:
             rows = SampleRows(logits, plan.records)
         else:
-            rows = edit_logits(logits, plan.records, plan.edit_rows, plan.edits, counts)
+            masks = self._masks(plan, items)
+            rows = edit_logits(logits, plan.records, plan.edit_rows, plan.edits, counts, masks)
         token_ids = torch.empty(len(items), dtype=torch.int64, device=self._device)
         peaks = find_peaks(rows, sums=plan.draws)
         if plan.draws:
@@ -95,6 +96,16 @@ class DeviceSampler:
             for (i, _), entry in zip(handle.logprobs, found, strict=True):
                 logprobs[i] = entry
         return Sampled(token_ids, logprobs)
+
+    def _masks(self, plan: SamplePlan, items: list[SamplingItem]) -> TokenMasks | None:
+        if plan.mask_slots is None:
+            return None
+        words = np.empty((len(plan.masked), -(-self._vocab_size // 32)), dtype=np.int32)
+        for target, row in zip(words, plan.masked, strict=True):
+            seq = items[row][0]
+            assert seq.mask is not None, f"sequence {seq.seq_id} samples without its mask"
+            target[:] = seq.mask.view(np.int32)
+        return TokenMasks(plan.mask_slots, send(words, self._device))
 
     def _plan_of(self, items: list[SamplingItem], positions: list[int]) -> SamplePlan:
         rows = [(seq.seq_id, row) for seq, row, _ in items]

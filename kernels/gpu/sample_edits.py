@@ -1,4 +1,4 @@
-"""Changes to a row's logits before a token is drawn: bias, allowed or suppressed, penalties.
+"""Changes to a row's logits before a token is drawn: bias, allowed or suppressed, masks, penalties.
 
 Only the rows that ask for any are copied, as fp32; the model's logits stay as they are. Penalties
 need to know which tokens a sequence holds: a word per state row and token counts the token's
@@ -7,6 +7,8 @@ as it is drawn, so a token that the host does not know yet is counted, too.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -37,15 +39,36 @@ _SPAN_FIELDS = tl.constexpr(SPAN_FIELDS)
 _PROMPT = tl.constexpr(1 << 30)  # the bit of a count's word that says: the prompt has the token
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenMasks:
+    """Which tokens rows may get, a bit each: bit i of word w stands for token 32 w + i."""
+
+    slots: Tensor  # [num_edited] int32, the mask of each edit slot; -1 = none
+    words: Tensor  # [masks, ceil(V / 32)] int32
+
+
 def edit_logits(
-    logits: Tensor, records: Tensor, edit_rows: Tensor, edits: Tensor, counts: Tensor | None
+    logits: Tensor,
+    records: Tensor,
+    edit_rows: Tensor,
+    edits: Tensor,
+    counts: Tensor | None,
+    masks: TokenMasks | None = None,
 ) -> SampleRows:
-    """The rows with their edits applied.
+    """The rows with their edits applied, and -inf for what their masks exclude.
 
     logits, records: as in `SampleRows`. edit_rows: `[num_edited]` int32, the row of each edit slot.
     edits: `[N, 2]` int32, `EDIT` each. counts: `[state rows, V]` int32; None = no row is penalised.
     """
     vocab = logits.shape[1]
+    if masks is not None:
+        num_words = triton.cdiv(vocab, 32)
+        if masks.words.shape[1:] != (num_words,) or masks.slots.shape != edit_rows.shape:
+            raise ValueError(
+                f"masks must be {num_words} words each with a slot for each of "
+                f"{edit_rows.shape[0]} rows, got {list(masks.words.shape)} words and "
+                f"{list(masks.slots.shape)} slots"
+            )
     edited = torch.empty((edit_rows.shape[0], vocab), dtype=torch.float32, device=logits.device)
     rows = SampleRows(logits, records, edited)
     launch(
@@ -57,6 +80,8 @@ def edit_logits(
         edit_rows,
         edits,
         counts,
+        None if masks is None else masks.slots,
+        None if masks is None else masks.words,
         edited,
         VOCAB=vocab,
         BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
@@ -87,10 +112,11 @@ def count_tokens(counts: Tensor, spans: Tensor, token_ids: Tensor) -> None:
 
 @triton.jit
 def _edit_kernel(
-    logits, stride, records, edit_rows, edits, counts, edited,
+    logits, stride, records, edit_rows, edits, counts, mask_slots, mask_words, edited,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, EDITS: tl.constexpr,
 ):  # fmt: skip
-    """`edited[slot] = penalise(l + bias)`; in an exclusive row -inf for all that is in no edit.
+    """`edited[slot] = penalise(l + bias)`; -inf for what the row's mask excludes, and in an
+    exclusive row for all that is in no edit.
 
     Grid (edited rows, blocks of tokens): a program writes its block without the biases and then its
     share of the row's edits over it. fp32.
@@ -105,6 +131,7 @@ def _edit_kernel(
     if load_int(records, row, EXCLUSIVE) != 0:
         x = tl.full((BLOCK,), LOWEST, tl.float32)
     x = _penalise(x, records, row, counts, at, at < VOCAB, VOCAB)
+    x = _exclude(x, mask_slots, mask_words, slot, at, at < VOCAB, VOCAB)
     tl.store(target + at, x, mask=at < VOCAB)
     tl.debug_barrier()
 
@@ -118,6 +145,7 @@ def _edit_kernel(
         bias = tl.load(edit + 1, mask=mine, other=0).to(tl.float32, bitcast=True)
         y = tl.load(source + token, mask=mine, other=LOWEST).to(tl.float32) + bias
         y = _penalise(y, records, row, counts, token, mine, VOCAB)
+        y = _exclude(y, mask_slots, mask_words, slot, token, mine, VOCAB)
         tl.store(target + token, y, mask=mine)
 
 
@@ -134,6 +162,19 @@ def _penalise(x, records, row, counts, at, mask, VOCAB: tl.constexpr):
             count = word & (_PROMPT - 1)
             x -= count.to(tl.float32) * load_float(records, row, FREQUENCY)
             x -= tl.where(count > 0, load_float(records, row, PRESENCE), 0.0)
+    return x
+
+
+@triton.jit
+def _exclude(x, mask_slots, mask_words, slot, at, valid, VOCAB: tl.constexpr):
+    """-inf for tokens whose bit is 0."""
+    if mask_words is not None:
+        mask = tl.load(mask_slots + slot)
+        if mask >= 0:
+            num_words: tl.constexpr = (VOCAB + 31) // 32
+            words = mask_words + mask.to(tl.int64) * num_words
+            word = tl.load(words + at // 32, mask=valid, other=0)
+            x = tl.where((word >> (at % 32)) & 1 != 0, x, LOWEST)
     return x
 
 

@@ -30,7 +30,7 @@ from loraplex.engine.sequence import Sequence
 from loraplex.kernels.select import select_ops
 
 # `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
-for _name in ("alora_cases", "engine_fakes", "sampling_cases"):
+for _name in ("alora_cases", "grammar_fakes", "engine_fakes", "sampling_cases"):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from grammar_fakes import FakeCompiler, HandDriven, allowed_tokens
 
 from loraplex.adapters.errors import AdapterNotFound
 from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
@@ -27,6 +28,7 @@ from loraplex.engine.activation import Span
 from loraplex.engine.api import AdapterUse, FinishReason, GenerationRequest, SamplingParams
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.constraints import Constraints
 from loraplex.engine.engine import Engine
 from loraplex.engine.seams import Schedule, ScheduledSequence, StepSample
 
@@ -64,7 +66,7 @@ def composition_at(request: GenerationRequest, position: int) -> Composition:
     return tuple(sorted((u.digest, u.weight) for u in uses if u.weight and applies(u.digest)))
 
 
-def choose(token: int, suppressed: Iterable[int]) -> int:
+def choose(token: int, suppressed: Collection[int]) -> int:
     while token in suppressed:
         token = (token + 1) % VOCAB
     return token
@@ -75,6 +77,8 @@ def expected(
 ) -> tuple[list[int], FinishReason]:
     """The output tokens of a request that is left alone, and why it ends."""
     params, tokens = request.sampling, list(request.prompt_token_ids)
+    if params.grammar is not None:
+        return expected_in_grammar(request, max_model_len, model)
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
     max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
     output: list[int] = []
@@ -85,6 +89,29 @@ def expected(
         tokens.append(token)
         output.append(token)
         if token in stops and not is_early:
+            return output, FinishReason.STOP
+        if len(tokens) >= max_model_len or len(output) >= max_tokens:
+            return output, FinishReason.LENGTH
+
+
+def expected_in_grammar(
+    request: GenerationRequest, max_model_len: int, model: Model
+) -> tuple[list[int], FinishReason]:
+    """The same with a grammar, whose end may be put off but not its last one."""
+    params, tokens = request.sampling, list(request.prompt_token_ids)
+    assert params.grammar is not None
+    max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
+    output: list[int] = []
+    while True:
+        allowed = allowed_tokens(params.grammar, output, VOCAB, EOS)
+        is_early = len(output) < params.min_tokens
+        ends = {EOS} if is_early or params.ignore_eos else set()
+        ends |= set(params.stop_token_ids) if is_early else set()
+        allowed = allowed - ends or allowed
+        token = choose(model(tokens, request.adapters), set(range(VOCAB)) - allowed)
+        tokens.append(token)
+        output.append(token)
+        if token == EOS or (token in params.stop_token_ids and not is_early):
             return output, FinishReason.STOP
         if len(tokens) >= max_model_len or len(output) >= max_tokens:
             return output, FinishReason.LENGTH
@@ -198,7 +225,15 @@ class FakeRunner:
         assert end < seq.max_num_tokens, "nobody asks what follows the last token"
         assert item.samples == (end == seq.num_tokens)
         is_early = seq.num_output_tokens < seq.sampling.min_tokens
-        assert bool(seq.suppressed_token_ids) == is_early
+        has_ends = bool(seq.eos_token_ids or seq.sampling.stop_token_ids)
+        assert bool(seq.suppressed_token_ids) == (is_early and has_ends and not seq.has_grammar)
+        suppressed = seq.suppressed_token_ids
+        if seq.has_grammar:
+            assert not seq.lacks_mask, "it runs without knowing what its grammar allows"
+            assert seq.mask is not None
+            suppressed = frozenset(
+                token for token in range(VOCAB) if not seq.mask[token // 32] >> token % 32 & 1
+            )
         prompt_logprobs = [
             api.TokenLogprobs(seq.token_ids[i], 0.0, 1, [], [])
             for i in range(item.start + 1, item.start + 1 + item.num_prompt_logprobs)
@@ -211,7 +246,7 @@ class FakeRunner:
             loads={digest: self._loader.installed[digest] for digest in seq.digests},
             spans=seq.spans,
             samples=item.samples,
-            suppressed=seq.suppressed_token_ids,
+            suppressed=suppressed,
             prompt_logprobs=prompt_logprobs or None,
         )
 
@@ -343,6 +378,7 @@ class Bench:
         at_once: bool = True,
         host_bytes: int = 60,
         prefix_cache: bool = True,
+        masks_at_once: bool = True,
     ) -> None:
         self.now = 0.0
         self.max_model_len = min(MODEL.max_model_len, num_blocks * BLOCK)
@@ -355,6 +391,9 @@ class Bench:
             clock=lambda: self.now,
         )
         self.blocks = BlockManager(num_blocks, BLOCK, enable_prefix_cache=prefix_cache)
+        self.compiler = FakeCompiler(VOCAB, EOS)
+        self.compile_jobs = HandDriven(at_once=masks_at_once)
+        self.mask_jobs = HandDriven(at_once=masks_at_once)
         self.num_calls = 0
         self.answers: dict[int, api.Answer] = {}
         self.events: list[api.AdapterEvent] = []
@@ -371,6 +410,13 @@ class Bench:
             self.slots,
             self.blocks,
             lambda: MEMORY,
+            constraints=Constraints(
+                self.compiler,
+                vocab_size=VOCAB,
+                eos_token_ids=frozenset([EOS]),
+                compile_workers=self.compile_jobs,
+                mask_workers=self.mask_jobs,
+            ),
             on_news=self._hear,
             clock=lambda: self.now,
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.engine.api import GenerationRequest, SamplingParams
+from loraplex.engine.api import GenerationRequest, Grammar, GrammarKind, SamplingParams
 from loraplex.engine.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -35,7 +36,20 @@ def make_sequence(
         seed=request.sampling.seed or 0,
     )
     seq.token_ids.extend(output)
+    if seq.has_grammar:
+        set_mask(seq, VOCAB, 5)
     return seq
+
+
+def set_mask(seq: Sequence, vocab: int, seed: int) -> set[int]:
+    """About a fifth of the tokens, at least one."""
+    flags = np.random.default_rng(seed).random(-(-vocab // 32) * 32) < 0.2
+    flags[seed % vocab], flags[vocab:] = True, False
+    seq.mask = np.packbits(flags, bitorder="little").view("<u4")
+    return set(flags.nonzero()[0].tolist())
+
+
+GRAMMAR = Grammar(kind=GrammarKind.REGEX, text="unused")
 
 
 def make_logits(rows: int = 1, seed: int = 0, vocab: int = VOCAB) -> Tensor:
@@ -60,5 +74,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bias": {"logit_bias": {7: 5.0, 8: -100.0}},
     "allowed": {"allowed_token_ids": (4, 5, EOS)},
+    "grammar": {"grammar": GRAMMAR, "temperature": 0.8, "min_tokens": 9},
+    "grammar with bias": {"grammar": GRAMMAR, "logit_bias": {7: 5.0, 8: -100.0}},
+    "grammar with penalties": {"grammar": GRAMMAR, "repetition_penalty": 1.4, "top_p": 0.9},
     "min_tokens": {"min_tokens": 9, "stop_token_ids": (0, 6), "logit_bias": {EOS: 9.0}},
 }

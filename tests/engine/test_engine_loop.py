@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_fakes import EOS, MODEL, Bench, next_token
+from grammar_fakes import fake_grammar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -479,8 +480,8 @@ def test_idle_wait_ends_by_wake_and_does_not_wait_after_a_real_step() -> None:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Few blocks, little adapter room, slow and failing loads, stops, cancels, orders, failing
-    steps.
+    """Few blocks, little adapter room, slow and failing loads and masks, stops, cancels, orders,
+    failing steps.
     """
 
     max_in_flight = 0
@@ -496,6 +497,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.bench = Bench(
             max_in_flight=self.max_in_flight,
             at_once=False,
+            masks_at_once=False,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + extra_tokens,
             **options,
@@ -524,6 +526,16 @@ class EngineMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0]),
         stop_token_ids=st.sampled_from([(), (), tuple(range(0, EOS, 4))]),
         min_tokens=st.sampled_from([0, 0, 1, 3]),
+        ignore_eos=st.sampled_from([False, False, True]),
+        grammar=st.one_of(
+            st.none(),
+            st.builds(
+                fake_grammar,
+                st.integers(0, 2),
+                st.integers(0, 9),
+                st.sampled_from([-1, -1, -1, -2, 0, 3]),
+            ),
+        ),
     )
     def add(self, stem: int, length: int, max_tokens: int, min_tokens: int, **rest: Any) -> None:
         prompt = [stem, *range(length - 1)]  # so that prefixes are shared often
@@ -582,6 +594,14 @@ class EngineMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.bench.loader.under_way) - 1))
         self.bench.loader.finish(index, ok=ok)
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.bench.compile_jobs.jobs or self.bench.mask_jobs.jobs)
+    def mask_comes(self, data: st.DataObject) -> None:
+        workers = data.draw(
+            st.sampled_from([w for w in (self.bench.compile_jobs, self.bench.mask_jobs) if w.jobs])
+        )
+        workers.run(data.draw(st.integers(0, len(workers.jobs) - 1)))
+
     @rule(at_launch=st.booleans())
     def step_fails(self, at_launch: bool) -> None:
         runner = self.bench.runner
@@ -619,6 +639,8 @@ class EngineMachine(RuleBasedStateMachine):
         for digest in "abcdxy":
             bench.engine.call(api.Call(-ord(digest), "unpin", digest=digest))
         bench.loader.succeed_from_now_on()
+        bench.compile_jobs.run_all()
+        bench.mask_jobs.run_all()
         # Up to 50 requests of some 20 tokens, in the worst case one token a step, some of it twice.
         bench.run(limit=5000)
         bench.check_over()
@@ -638,7 +660,10 @@ class DeepMachine(EngineMachine):
 
 
 @pytest.mark.parametrize("machine", [EngineMachine, OverlappedMachine, DeepMachine])
-def test_anything_in_any_order_ends_right(machine: type[EngineMachine]) -> None:
+def test_anything_in_any_order_ends_right(
+    machine: type[EngineMachine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.engine.engine.MASK_WAIT_S", 0)  # masks come by hand
     run_state_machine_as_test(
         machine,
         settings=settings(

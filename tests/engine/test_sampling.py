@@ -27,7 +27,9 @@ def reference_probabilities(logits: Tensor, seq: Sequence) -> list[float]:
         scores[token] += bias
     if p.allowed_token_ids is not None:
         scores = [s if t in p.allowed_token_ids else -math.inf for t, s in enumerate(scores)]
-    if seq.num_output_tokens < p.min_tokens:
+    if seq.mask is not None:
+        scores = [s if seq.mask[t // 32] >> t % 32 & 1 else -math.inf for t, s in enumerate(scores)]
+    elif seq.num_output_tokens < p.min_tokens:
         for token in (EOS, *p.stop_token_ids):
             scores[token] = -math.inf
     for token in set(seq.token_ids):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_cases import CASES, CPU, EOS, VOCAB, make_logits, make_sequence
+from sampling_cases import CASES, CPU, EOS, VOCAB, make_logits, make_sequence, set_mask
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,7 @@ ALL_CASES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.2, "logprobs": 0},
     "allowed with bias": {"allowed_token_ids": (4, 5, 9), "logit_bias": {4: 3.0, 7: 50.0}},
+    "greedy grammar": {**CASES["grammar with bias"], "temperature": 0.0, "logprobs": 2},
     "logprobs": {"logprobs": 4, "top_p": 0.9},
 }
 ROWS = 8  # state rows
@@ -70,6 +71,10 @@ def test_the_same_tokens_as_on_the_cpu(vocab: int, dtype: torch.dtype) -> None:
     for step in range(3):
         logits = make_logits(len(params), seed=step, vocab=vocab).to(dtype)
         items = [(s, len(params) - 1 - i, 6 + step) for i, s in enumerate(sequences)]
+        allowed = [
+            set_mask(s, vocab, 100 * i + step) if s.has_grammar else set(range(vocab))
+            for i, s in enumerate(sequences)
+        ]
         handle = device.launch(logits, items, last_tokens)
         for seq, token in zip(sequences, pending, strict=step > 0):
             seq.token_ids.append(token)
@@ -78,6 +83,8 @@ def test_the_same_tokens_as_on_the_cpu(vocab: int, dtype: torch.dtype) -> None:
         assert last_tokens.tolist() == [*reversed(expected.token_ids), -1]
         found = device.collect(handle)
         assert found.token_ids == expected.token_ids
+        for token, tokens in zip(found.token_ids, allowed, strict=True):
+            assert token in tokens
         assert all(map(same, found.logprobs, expected.logprobs))
         assert found.logprobs[-1] is not None
         pending = found.token_ids

@@ -14,7 +14,7 @@ from loraplex.engine.sampling import uniform as host_uniform
 from loraplex.kernels.gpu import sample_uniform
 from loraplex.kernels.gpu.launch import launch, recording
 from loraplex.kernels.gpu.sample_draw import draw
-from loraplex.kernels.gpu.sample_edits import count_tokens, edit_logits
+from loraplex.kernels.gpu.sample_edits import TokenMasks, count_tokens, edit_logits
 from loraplex.kernels.gpu.sample_logprobs import HEAD_FIELDS, find_logprobs
 from loraplex.kernels.gpu.sample_peaks import MIN_GROUP, Groups, find_peaks, take_likeliest
 from loraplex.kernels.gpu.sample_rows import EDIT, RECORD, WORDS, SampleRows
@@ -259,6 +259,53 @@ def test_edits_and_penalties_change_the_copy_only() -> None:
     torch.testing.assert_close(rows.edited, torch.stack([third, first]), rtol=1e-6, atol=1e-6)
     assert torch.equal(logits, before)
     assert (counts[:4] == 99).all()
+
+
+@pytest.mark.parametrize("vocab", [50, 5000])
+def test_masks_exclude_tokens_of_their_rows_only(vocab: int) -> None:
+    logits = make_logits(4, vocab, torch.bfloat16)
+    edits = np.array([(3, 100.0), (40, 1.0), (41, 100.0)], dtype=EDIT)
+    records = make_records(
+        4,
+        edit_slot=[0, -1, 2, 1],
+        first_edit=[0, 0, 0, 1],
+        num_edits=[1, 0, 0, 2],
+        exclusive=[0, 0, 0, 1],
+    )
+    allowed = torch.rand(2, vocab, generator=torch.Generator().manual_seed(1)) < 0.3
+    allowed[:, 3], allowed[1, 40], allowed[1, 41] = False, True, False
+    bits = np.packbits(
+        np.pad(allowed.numpy(), ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little"
+    )
+    masks = TokenMasks(
+        torch.tensor([0, 1, -1], dtype=torch.int32), torch.from_numpy(bits.view(np.int32))
+    )
+    rows = edit_logits(
+        logits,
+        records,
+        torch.tensor([0, 3, 2], dtype=torch.int32),
+        torch.from_numpy(edits.view(np.int32).reshape(-1, 2)),
+        None,
+        masks,
+    )
+    only = torch.full((vocab,), -INF)
+    only[40] = logits[3, 40].float() + 1
+    expected = [logits[0].float().where(allowed[0], -INF), only, logits[2].float()]
+    assert rows.edited is not None
+    torch.testing.assert_close(rows.edited, torch.stack(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_masks_of_another_vocabulary_are_refused() -> None:
+    logits, one = make_logits(1, 50), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="2 words each"):
+        edit_logits(
+            logits,
+            make_records(1, edit_slot=[0]),
+            one,
+            torch.zeros(0, 2, dtype=torch.int32),
+            None,
+            TokenMasks(one, torch.zeros(1, 3, dtype=torch.int32)),
+        )
 
 
 def test_published_tokens_are_counted_and_kept_for_the_next_step() -> None:
