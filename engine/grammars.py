@@ -28,7 +28,7 @@ _MASK_ITEMS = 25_000  # about 2 ms
 
 # Between JSON's tokens: nothing, a space, or a new line with its indentation. Models that are
 # allowed more write white space without end.
-JSON_WHITESPACE = r"( |\n[ \t]{0,40})?"
+JSON_WHITESPACE = r" |\n[ \t]{0,40}"
 
 
 class Matcher(Protocol):
@@ -180,7 +180,7 @@ def _to_library(library: Any, grammar: Grammar) -> str:
             options: dict[str, Any] = {"whitespace_flexible": bool(space)}
             if space:
                 options["whitespace_pattern"] = space
-            converted = matcher.grammar_from_json_schema(text, overrides=options)
+            converted = matcher.grammar_from_json_schema(_as_object(text), overrides=options)
         case GrammarKind.REGEX:
             converted = matcher.grammar_from_regex(text)
         case GrammarKind.CHOICE:
@@ -188,11 +188,31 @@ def _to_library(library: Any, grammar: Grammar) -> str:
             converted = matcher.grammar_from_lark("start: " + " | ".join(words))
         case GrammarKind.GRAMMAR:
             if "::=" in text:
-                from llguidance.gbnf_to_lark import any_to_lark
-
-                text = any_to_lark(text)
+                text = _from_gbnf(text)
             converted = matcher.grammar_from_lark(text)
     return str(converted)
+
+
+def _as_object(schema: str) -> str:
+    """Raises: ValueError."""
+    match schema.strip():
+        case "true":
+            return "{}"
+        case "false":
+            raise ValueError("nothing satisfies the schema false")
+        case text if not text.startswith("{"):
+            raise ValueError("a schema must be an object or boolean")
+    return schema
+
+
+def _from_gbnf(text: str) -> str:
+    """Raises: ValueError."""
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    try:
+        return str(any_to_lark(text))
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from None
 
 
 def _invalid(grammar: Grammar, reason: str) -> InvalidRequest:

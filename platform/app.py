@@ -249,7 +249,7 @@ async def _engine_error(request: Request, error: Exception) -> Response:
     named = (
         re.match(r"([a-z_]+)(=|:)", error.message) if isinstance(error, InvalidRequest) else None
     )
-    param = named[1] if named else None
+    param = getattr(request.state, "param", None) or (named[1] if named else None)
     answer = _respond(errors.status_of(error), error.code, error.message, param=param)
     answer.headers.update(getattr(request.state, "adapter_headers", {}))
     return answer

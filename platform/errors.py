@@ -16,6 +16,7 @@ from loraplex.engine import errors as engine_errors
 
 STATUS: Mapping[str, int] = {
     "invalid_request": 400,
+    "invalid_grammar": 400,
     "unsupported_parameter": 400,
     "context_length_exceeded": 400,
     "invalid_api_key": 401,

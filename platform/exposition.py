@@ -189,13 +189,14 @@ class _Exposition(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Sequences waiting.", stats.num_waiting)
         reasons = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
-            "Sequences waiting: capacity = for KV blocks or a place, deferred = for their adapter.",
+            "Sequences waiting: capacity = for KV blocks or a place, deferred = for their "
+            "adapter or grammar.",
             labels=[*self._labels, "reason"],
         )
         deferred = sum(
             count
             for reason, count in stats.waiting_by_reason.items()
-            if reason in ("adapter_loading", "slot")
+            if reason in ("adapter_loading", "slot", "grammar")
         )
         for reason, count in (("capacity", stats.num_waiting - deferred), ("deferred", deferred)):
             reasons.add_metric([*self._labels.values(), reason], count)

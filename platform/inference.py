@@ -28,6 +28,7 @@ from loraplex.platform.openai_schemas import MAX_CHOICES, CompletionBody, Genera
 from loraplex.platform.prompts import Prompt, check_token_ids, encode_prompts, encode_text, fit
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.structured import structured_output
 
 BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
 
@@ -43,6 +44,7 @@ class Prepared:
     stream: bool
     num_choices_asked: int
     max_tokens_asked: int | None
+    grammar_param: str | None = None  # the field that asks for a structured output
 
 
 class InferenceService:
@@ -140,6 +142,7 @@ class InferenceService:
             )
         _check_token_lists(body, model.info.vocab_size)
         composition = composition.in_prompts([prompt.token_ids for prompt in prompts])
+        structured = structured_output(body)
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         answer_id = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
         show_special = body.skip_special_tokens is False
@@ -164,6 +167,8 @@ class InferenceService:
                 sampling = msgspec.structs.replace(sampling, max_tokens=1)
             if is_scored and sampling.logprobs is None:
                 sampling = msgspec.structs.replace(sampling, logprobs=0)
+            if structured is not None:
+                sampling = msgspec.structs.replace(sampling, grammar=structured.grammar)
             if body.bad_words:
                 sampling = _ban(body.bad_words, sampling, model)
             for p, prompt in enumerate(prompts):
@@ -204,6 +209,7 @@ class InferenceService:
             bool(body.stream),
             body.num_choices,
             body.requested_max_tokens,
+            None if structured is None else structured.param,
         )
 
 

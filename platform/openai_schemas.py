@@ -105,8 +105,23 @@ class GenerationBody(AdapterChoice):
     request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     use_beam_search: bool | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description="text, json_object, or json_schema with "
+        '{"json_schema": {"name": ..., "schema": ...}}.',
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None,
+        description="One of json (a schema), json_object, regex, choice, grammar (Lark or GBNF); "
+        "with json: whitespace_pattern or disable_any_whitespace.",
+    )
+    guided_json: dict[str, Any] | str | bool | None = Field(
+        None, description="vLLM's older name of structured_outputs.json; so for the others."
+    )
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -138,10 +153,6 @@ class GenerationBody(AdapterChoice):
                 "prompt_logprobs",
                 "prompt_logprobs come with whole answers only; set stream=false",
             )
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            return "response_format", "response_format other than text is not supported yet"
-        if self.structured_outputs:
-            return "structured_outputs", "structured_outputs is not supported yet"
         return None
 
     @property

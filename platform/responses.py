@@ -44,10 +44,13 @@ class GenerationResponse(Response):
         outcome = "abort"
         try:
             outcome = await _unless_disconnected(receive, run(send)) or "abort"
-        except EngineError:
+        except EngineError as error:
             outcome = "error"
-            # The error's own response says as well which weights it was about.
-            scope.setdefault("state", {})["adapter_headers"] = self._prepared.composition.headers()
+            # The error's own response says as well which weights it was about, and which field.
+            state = scope.setdefault("state", {})
+            state["adapter_headers"] = self._prepared.composition.headers()
+            if error.code == "invalid_grammar":
+                state["param"] = self._prepared.grammar_param
             raise
         finally:
             self._on_end(self._prepared, outcome)

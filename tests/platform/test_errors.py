@@ -133,8 +133,6 @@ async def test_what_is_not_supported_is_refused_by_name(server: Any) -> None:
         ("suffix", "end"),
         ("use_beam_search", True),
         ("bad_words", ["two tokens"]),
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a"}),
     ):
         answer = await server.http.post("/v1/completions", json={"prompt": "x", field: value})
         check(answer, 400, "unsupported_parameter", field)
