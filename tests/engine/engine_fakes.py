@@ -108,7 +108,8 @@ def expected_in_grammar(
         ends = {EOS} if is_early or params.ignore_eos else set()
         ends |= set(params.stop_token_ids) if is_early else set()
         allowed = allowed - ends or allowed
-        token = choose(model(tokens, request.adapters), set(range(VOCAB)) - allowed)
+        applied = [composition_at(request, i) for i in range(len(tokens))]
+        token = choose(model(tokens, applied), set(range(VOCAB)) - allowed)
         tokens.append(token)
         output.append(token)
         if token == EOS or (token in params.stop_token_ids and not is_early):

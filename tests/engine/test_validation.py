@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from loraplex.engine.api import AdapterUse, GenerationRequest, ModelInfo, SamplingParams
+from loraplex.engine.api import (
+    AdapterUse,
+    GenerationRequest,
+    Grammar,
+    GrammarKind,
+    ModelInfo,
+    SamplingParams,
+)
 from loraplex.engine.errors import InvalidRequest
 from loraplex.engine.validation import validate_request
 
@@ -118,3 +125,20 @@ def test_adapters() -> None:
     ):
         with pytest.raises(InvalidRequest, match=message):
             check(adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar(kind=GrammarKind.REGEX, text="ä" * 40_000), "40000 characters"),
+        (
+            Grammar(kind=GrammarKind.JSON_SCHEMA, text="{}", whitespace=" " * 300),
+            "whitespace: 300",
+        ),
+    ],
+)
+def test_a_grammar_has_a_length(grammar: Grammar, message: str) -> None:
+    check(grammar=Grammar(kind=GrammarKind.REGEX, text="ä" * 32_768))
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        check(grammar=grammar)
+    assert caught.value.code == "invalid_grammar"
