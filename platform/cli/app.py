@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loraplex.platform.cli import adapter, bench
+from loraplex.platform.cli import adapter, bench, key, tenant
 from loraplex.platform.cli.chat import chat
 from loraplex.platform.cli.demo import demo
 from loraplex.platform.cli.doctor import doctor
 from loraplex.platform.cli.output import CliError
 from loraplex.platform.cli.plan import plan
+from loraplex.platform.cli.usage import usage
 
 
 class Commands(TyperGroup):
@@ -71,6 +72,9 @@ def serve(ctx: typer.Context) -> None:
 
 app.command()(demo)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(key.app, name="key")
+app.command()(usage)
 app.command()(chat)
 app.command()(doctor)
 app.command()(plan)

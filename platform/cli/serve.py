@@ -24,6 +24,7 @@ from loraplex.platform.app import create_app
 from loraplex.platform.cli import output
 from loraplex.platform.cli.loading import LoadingBar
 from loraplex.platform.cli.output import CliError, UsageError
+from loraplex.platform.cli.registry import registry_has_keys
 from loraplex.platform.cli.settings_flags import build_settings, with_settings_flags
 from loraplex.platform.runtime import Runtime
 from loraplex.platform.settings import Settings
@@ -52,7 +53,7 @@ def serve(
         bool,
         typer.Option(
             "--allow-unauthenticated",
-            help="Listen beyond this machine although no --api-key guards it.",
+            help="Listen beyond this machine although no key guards it.",
         ),
     ] = False,
 ) -> None:
@@ -62,10 +63,15 @@ def serve(
     wins.
     """
     settings = build_settings(given)
-    if not (settings.api_key or allow_unauthenticated or is_loopback(settings.host)):
+    if not (
+        settings.api_key
+        or allow_unauthenticated
+        or is_loopback(settings.host)
+        or registry_has_keys(settings.effective_database_url, settings.data_dir)
+    ):
         raise UsageError(
-            f"--host {settings.host} is reachable from other machines and nothing guards it: set "
-            "--api-key, or say --allow-unauthenticated"
+            f"--host {settings.host} is reachable from other machines and nothing guards it: make "
+            "a key with `loraplex key create`, set --api-key, or say --allow-unauthenticated"
         )
     run(settings)
 
