@@ -32,6 +32,7 @@ class Conversation:
         self.model = model
         self.adapter = adapter
         self.messages: list[dict[str, str]] = []
+        self.invoked = True  # False: an activated LoRA whose tokens the last prompt lacked
         self._sampling = {
             k: v
             for k, v in {"max_tokens": max_tokens, "temperature": temperature}.items()
@@ -52,9 +53,13 @@ class Conversation:
         if self.adapter:
             body["adapter_id"] = self.adapter
         answer = ""
+        self.invoked = True
         with self.api.stream("POST", "/v1/chat/completions", json=body) as response:
             for line in response.iter_lines():
-                piece = _piece(line)
+                event = _event(line)
+                if (event.get("adapter") or {}).get("invoked") is False:
+                    self.invoked = False
+                piece = _piece(event)
                 if piece:
                     answer += piece
                     yield piece
@@ -105,11 +110,13 @@ def _answer_lines(conversation: Conversation, *, as_json: bool, keep: bool) -> N
         if as_json:
             answer = "".join(conversation.say(text))
             output.print_json({"input": text, "adapter": conversation.adapter, "output": answer})
+            _tell_if_not_invoked(conversation)
             continue
         for piece in conversation.say(text):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+        _tell_if_not_invoked(conversation)
 
 
 def _talk(conversation: Conversation) -> None:
@@ -158,21 +165,34 @@ def _print_answer(conversation: Conversation, text: str) -> None:
         for piece in conversation.say(text):
             console.print(piece, end="", markup=False, soft_wrap=True)
         console.print()
+        _tell_if_not_invoked(conversation)
     except KeyboardInterrupt:
         console.print("[dim] (stopped)[/]")
     except CliError as error:
         error.print()
 
 
-def _piece(line: str) -> str:
-    """The text in one line of the event stream. Raises: CliError for an error event."""
-    if not line.startswith("data:"):
-        return ""
-    payload = line[len("data:") :].strip()
-    if payload == "[DONE]":
-        return ""
-    event = json.loads(payload)
+def _tell_if_not_invoked(conversation: Conversation) -> None:
+    if not conversation.invoked:
+        output.stderr().print(
+            f"[yellow]note:[/] {escape(str(conversation.adapter))} was not invoked: its invocation "
+            "tokens are not in the prompt, so this is the base model's answer",
+            soft_wrap=True,
+        )
+
+
+def _event(line: str) -> dict[str, Any]:
+    """One line of the event stream. Raises: CliError for an error event."""
+    payload = line.removeprefix("data:").strip()
+    if not line.startswith("data:") or payload == "[DONE]":
+        return {}
+    event: dict[str, Any] = json.loads(payload)
     if "error" in event:
         raise CliError(str(event["error"].get("message", event["error"])))
+    return event
+
+
+def _piece(event: dict[str, Any]) -> str:
+    """The text in an event."""
     choices = event.get("choices") or [{}]
     return str(choices[0].get("delta", {}).get("content") or "")

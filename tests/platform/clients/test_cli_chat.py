@@ -52,6 +52,20 @@ def test_keep_remembers_the_lines_before(cli: Any, server: Any) -> None:
     assert "adapter_id" not in second
 
 
+@pytest.mark.parametrize("invoked", [True, False, None])
+def test_an_adapter_that_was_not_invoked_is_told(cli: Any, server: Any, invoked: Any) -> None:
+    adapter = {"id": "check", "version": 1} | ({} if invoked is None else {"invoked": invoked})
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "adapter": adapter}
+    events = stream("yes")
+    events.insert(-1, f"data: {json.dumps(end)}\n\n".encode())
+    server.routes["POST /v1/chat/completions"] = (200, events)
+    for more in ((), ("--json",)):
+        done = cli("chat", "--adapter", "check", *more, "--url", server.url, stdin="hi\n")
+        assert "yes" in done.stdout
+        assert "note" not in done.stdout
+        assert ("check was not invoked" in done.stderr) == (invoked is False)
+
+
 def test_json(cli: Any, server: Any) -> None:
     done = cli("chat", "--json", "--url", server.url, stdin="hi\n")
     assert done.json == {"input": "hi", "adapter": None, "output": "HI"}
