@@ -1,6 +1,7 @@
-"""Take the two files of an adapter out of a zip, tar or tar.gz that a stranger made.
+"""Take the files of an adapter out of a zip, tar or tar.gz that a stranger made: its two, and those
+beside them that say how it wants to be used.
 
-Nothing is ever written under a name from the archive: the two wanted files go to their fixed
+Nothing is ever written under a name from the archive: the wanted files go to their fixed
 names in the staging folder, everything else is read past. Bytes are counted as they are unpacked,
 so that a bomb is noticed after 64 MiB, not after it has filled the disk. Whatever could mean
 mischief (paths that leave the folder, links, devices) refuses the archive as a whole.
@@ -32,6 +33,14 @@ _FREE_BYTES = (
 _MAX_DIRECTORY_BYTES = 16 * MIB  # of a zip's list of members
 _MAX_NAME = 1024
 
+# Wanted if they lie beside the weights, with their limits: how an adapter wants to be used.
+USE_FILES = {
+    "generation_config.json": 1 * MIB,
+    "chat_template.jinja": 1 * MIB,
+    "tokenizer_config.json": 16 * MIB,
+}
+_MAX_USE_FILES = 16
+
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _RESAVE = "save the adapter with save_pretrained(..., safe_serialization=True)"
 _OTHERS = {
@@ -46,7 +55,8 @@ _OTHERS = {
 def unpack(archive: Path, staging: Staging, limits: Limits | None = None) -> None:
     """Write the archive's `adapter_config.json` and `adapter_model.safetensors` into staging.
 
-    They may lie in one folder inside the archive. Left alone: the archive itself.
+    They may lie in one folder inside the archive; so do the `USE_FILES`, which need not be there.
+    Left alone: the archive itself.
 
     Raises: AdapterRefused saying what is wrong with the archive; StorageFull.
     """
@@ -70,7 +80,7 @@ def unpack(archive: Path, staging: Staging, limits: Limits | None = None) -> Non
 
 
 class _Wanted:
-    """Picks the two files out of the members, and refuses members no honest archive has."""
+    """Picks the files out of the members, and refuses members no honest archive has."""
 
     def __init__(self, staging: Staging, limits: Limits) -> None:
         self._staging = staging
@@ -78,6 +88,7 @@ class _Wanted:
         self._max_members = limits.max_archive_members
         self._members = 0
         self._found: dict[str, PurePosixPath] = {}
+        self._use_files: dict[str, PurePosixPath] = {}  # by staged name, wherever they lie
         self._pickle = ""
 
     def consider(self, name: str, *, regular: bool, folder: bool) -> str | None:
@@ -103,6 +114,10 @@ class _Wanted:
             )
         if path.name in _PICKLES:
             self._pickle = path.name
+        if path.name in USE_FILES and len(self._use_files) < _MAX_USE_FILES:
+            staged = f"{len(self._use_files)}.{path.name}"
+            self._use_files[staged] = path
+            return staged
         if path.name not in self._sizes:
             return None
         if path.name in self._found:
@@ -112,7 +127,8 @@ class _Wanted:
         return path.name
 
     def extract(self, name: str, read: Callable[[int], bytes]) -> None:
-        with self._staging.writer(name, self._sizes[name]) as out:
+        limit = self._sizes.get(name) or USE_FILES[self._use_files[name].name]
+        with self._staging.writer(name, limit) as out:
             while True:
                 with _decoding():
                     chunk = read(_CHUNK_BYTES)
@@ -129,6 +145,13 @@ class _Wanted:
         if len({path.parent for path in self._found.values()}) > 1:
             paths = " and ".join(str(path) for path in self._found.values())
             _refuse("archive_ambiguous", f"the two files lie in different folders: {_short(paths)}")
+        for staged, path in self._use_files.items():
+            target = self._staging.path / path.name
+            if path.parent != self._found[WEIGHTS_FILE].parent:
+                continue
+            if target.exists():
+                _refuse("archive_ambiguous", f"two files named {path.name}")
+            (self._staging.path / staged).rename(target)
 
 
 def _unpack_zip(file: IO[bytes], size: int, wanted: _Wanted, limits: Limits) -> None:

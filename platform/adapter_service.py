@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,22 @@ from loraplex.platform.schemas import (
     Freed,
 )
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.shipped_defaults import shipped_defaults
 from loraplex.platform.tenant_repositories import check_storage, require_tenant
 
 ARCHIVE_FILE = "archive"
 MAX_RETRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What makes a version: the tensors, and what their files say of their use."""
+
+    manifest: AdapterManifest
+    shipped: dict[str, Any] | None
+
+    def is_of(self, row: AdapterVersion) -> bool:
+        return row.digest == self.manifest.digest and row.shipped_defaults == self.shipped
 
 
 class AdapterService:
@@ -180,9 +193,11 @@ class AdapterService:
         source: where it was pulled from, for the audit log.
         """
         async with self._files_lock:
+            shipped = await asyncio.to_thread(shipped_defaults, staging.path, model)
             await asyncio.to_thread(self._store.commit, staging, manifest)
+            content = _Content(manifest, shipped)
             try:
-                adapter, created = await self._insert(caller, order, manifest, model, source)
+                adapter, created = await self._insert(caller, order, content, model, source)
             except ApiError:
                 await self._remove_unused(manifest.digest)
                 raise
@@ -231,13 +246,13 @@ class AdapterService:
         self,
         caller: Caller,
         order: Registration,
-        manifest: AdapterManifest,
+        content: _Content,
         model: ServedModel,
         source: str | None,
     ) -> tuple[Adapter, bool]:
         for _ in range(MAX_RETRIES):
             try:
-                return await self._try_insert(caller, order, manifest, model, source)
+                return await self._try_insert(caller, order, content, model, source)
             except IntegrityError:  # another server took the same name or version number first
                 continue
         raise ApiError("name_taken", f"adapter {order.name!r} is being changed by others; retry")
@@ -246,7 +261,7 @@ class AdapterService:
         self,
         caller: Caller,
         order: Registration,
-        manifest: AdapterManifest,
+        content: _Content,
         model: ServedModel,
         source: str | None,
     ) -> tuple[Adapter, bool]:
@@ -269,10 +284,11 @@ class AdapterService:
             if adapter.deleted_at is not None:
                 adapter.deleted_at, adapter.created_at = None, utc_now()
                 adapter.description, adapter.metadata_ = "", {}
-                adapter.visibility = "private"
+                adapter.visibility, adapter.defaults = "private", None
                 adapter.shares.clear()
             newest = adapter.versions[-1] if adapter.versions else None
-            created = newest is None or newest.digest != manifest.digest or newest.status != "ready"
+            manifest = content.manifest
+            created = newest is None or not content.is_of(newest) or newest.status != "ready"
             if order.description is not None:
                 adapter.description = order.description
             if order.metadata is not None:
@@ -287,6 +303,7 @@ class AdapterService:
                     base_model=model.name,
                     model_signature=model.signature,
                     manifest=adapter_view.manifest_summary(manifest),
+                    shipped_defaults=content.shipped,
                 )
                 adapter.next_version += 1
                 adapter.versions.append(newest)
@@ -313,6 +330,7 @@ class AdapterService:
     # --- changing --------------------------------------------------------------------------------
 
     async def patch(self, caller: Caller, name: str, change: AdapterPatch) -> AdapterDetail:
+        """`change.defaults` was checked (`default_checks`)."""
         async with self._db.unit_of_work() as session:
             adapter = await require_own(AdapterRepository(session, caller), name)
             before = _described(adapter)
@@ -324,6 +342,8 @@ class AdapterService:
                 adapter.visibility = change.visibility
             if change.shared_with is not None:
                 _share(adapter, change.shared_with)
+            if change.defaults is not None:
+                adapter.defaults = change.defaults.stored_form()
             after = _described(adapter)
             if before != after:
                 AuditRepository(session, adapter.tenant).add(
@@ -484,6 +504,7 @@ def _described(adapter: Adapter) -> dict[str, Any]:
         "metadata": adapter.metadata_,
         "visibility": adapter.visibility,
         "shared_with": [share.tenant for share in adapter.shares],
+        "defaults": adapter.defaults,
     }
 
 

@@ -60,6 +60,7 @@ def version_fields(row: AdapterVersion, resident: ResidencyMap) -> dict[str, Any
     return {
         **row.manifest,
         "version": row.version,
+        "shipped_defaults": row.shipped_defaults or {},
         "digest": f"sha256:{row.digest}",
         "status": _status(row),
         "error": None if refused is None else refused.reason,
@@ -90,6 +91,7 @@ def _object_fields(
         "base_model": row.base_model,
         "description": adapter.description,
         "metadata": adapter.metadata_,
+        "defaults": adapter.defaults or {},
         "aliases": {alias.alias: _split(alias.split) for alias in adapter.aliases if alias.targets},
     }
 

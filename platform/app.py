@@ -287,7 +287,16 @@ def _problem(item: dict[str, Any]) -> dict[str, Any]:
         message = f"the body is not valid JSON: {item.get('ctx', {}).get('error', message)}"
     elif not loc[1:]:
         message = f"the body is not what this route takes: {message}"
+    elif inner := [str(part) for part in loc[2:] if _is_place(part)]:
+        message = f"{'.'.join(inner)}: {message}"
     return {"param": param, "message": message}
+
+
+def _is_place(part: str | int) -> bool:
+    """A field or an index; pydantic names the branches of unions at the same place."""
+    if isinstance(part, int):
+        return True
+    return re.fullmatch("[a-z_]+", part) is not None and part not in ("str", "int", "float", "bool")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

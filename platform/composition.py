@@ -9,6 +9,7 @@ from typing import Any
 
 from loraplex.engine.activation import activation_start
 from loraplex.engine.api import AdapterUse
+from loraplex.platform.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from loraplex.platform.callers import Caller
 from loraplex.platform.errors import ApiError
 from loraplex.platform.openai_schemas import AdapterChoice
@@ -55,6 +56,11 @@ class Composition:
                 item["invoked"] = self.invoked[adapter.digest]
             objects.append(item)
         return tuple(objects)
+
+    @property
+    def defaults(self) -> AdapterDefaults:
+        """Those of an only member; a mixture has none."""
+        return self.members[0][0].defaults if len(self.members) == 1 else NO_DEFAULTS
 
     def headers(self) -> dict[str, str]:
         if not self.members:

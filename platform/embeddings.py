@@ -91,7 +91,7 @@ class EmbeddingService:
                     adapters=composition.uses(),
                     cache_salt=caller.cache_salt(body.cache_salt or ""),
                     priority=caller.priority(body.priority or 0),
-                    pooling=body.pooling or "last",
+                    pooling=body.pooling or composition.defaults.pooling or "last",
                 ),
                 options,
             )

@@ -67,6 +67,7 @@ class InferenceService:
         """Raises: ApiError, InvalidRequest."""
         _refuse_unsupported(body)
         name, composition = await self._composer.compose(body, model, caller, sticky_key)
+        body = composition.defaults.applied(body)
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [
             fit(prompt, body.truncate_prompt_tokens, model, "prompt")
@@ -106,13 +107,16 @@ class InferenceService:
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
         name, composition = await self._composer.compose(body, model, caller, sticky_key)
+        body = composition.defaults.applied(body)
         text = await render_chat(body, model)
         prompt = await encode_text(text, model, bool(body.add_special_tokens), param="messages")
         prompt = fit(prompt, body.truncate_prompt_tokens, model, "messages")
         echo: tuple[str, ...] = ()
         if body.echo and body.continue_final_message:
             echo = (body.messages[-1].text,) * body.num_choices
-        parsing = find_parsing(body, text, model, self._tool_format)
+        parsing = find_parsing(
+            body, text, model, composition.defaults.tool_format or self._tool_format
+        )
         return self._prepared(
             "chat", body, model, caller, name, composition, [prompt], echo=echo, parsing=parsing
         )

@@ -119,6 +119,7 @@ class Adapter(Base):
     description: Mapped[str] = mapped_column(Text, default="")
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
     visibility: Mapped[str] = mapped_column(String(16), default="private", server_default="private")
+    defaults: Mapped[dict[str, Any] | None]  # `adapter_defaults.AdapterDefaults`, set by hand
     next_version: Mapped[int] = mapped_column(default=1)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     deleted_at: Mapped[datetime | None]
@@ -176,6 +177,7 @@ class AdapterVersion(Base):
     base_model: Mapped[str] = mapped_column(String(512))
     model_signature: Mapped[str] = mapped_column(String(64))
     manifest: Mapped[dict[str, Any]]
+    shipped_defaults: Mapped[dict[str, Any] | None]  # the same, as its files have them
     status: Mapped[str] = mapped_column(String(16), default="ready")  # ready | failed | draining
     error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)

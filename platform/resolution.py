@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex.platform.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.errors import ApiError
@@ -34,6 +35,7 @@ class ResolvedAdapter:
     rank: int
     invocation_tokens: tuple[int, ...] = ()
     refusal: Refusal | None = None
+    defaults: AdapterDefaults = NO_DEFAULTS
 
     @property
     def reference(self) -> str:
@@ -152,6 +154,7 @@ def _resolved(row: AdapterVersion, caller: Caller) -> ResolvedAdapter:
         rank=row.manifest["rank"],
         invocation_tokens=tuple(row.manifest.get("invocation_tokens") or ()),
         refusal=refusal(row),
+        defaults=AdapterDefaults.stored(row.adapter.defaults, row.shipped_defaults),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loraplex.platform.adapter_defaults import AdapterDefaults
 from loraplex.platform.names import NAME
 
 MAX_METADATA_BYTES = 64 * 1024
@@ -84,6 +85,7 @@ class AdapterVersionObject(BaseModel):
         None, description="Of an activated LoRA: token ids that switch it on."
     )
     warnings: list[Any] = []
+    shipped_defaults: dict[str, Any] = Field({}, description="What its files say of its use.")
     status: Status
     error: str | None = None
     residency: Residency
@@ -109,6 +111,7 @@ class AdapterObject(AdapterVersionObject):
     base_model: str
     description: str
     metadata: dict[str, Any]
+    defaults: dict[str, Any] = Field(description="Set by PATCH; over those its files ship.")
     aliases: dict[str, list[WeightedVersion]]
 
 
@@ -129,6 +132,9 @@ class AdapterPatch(BaseModel):
     metadata: dict[str, Any] | None = None
     visibility: Visibility | None = None
     shared_with: Annotated[list[TenantName], Field(max_length=1000)] | None = None
+    defaults: AdapterDefaults | None = Field(
+        None, description="For requests that do not say otherwise; replaces all of the old ones."
+    )
 
     @field_validator("metadata")
     @classmethod

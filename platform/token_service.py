@@ -50,7 +50,7 @@ class TokenService:
         self, body: TokenizeBody, model: ServedModel, caller: Caller
     ) -> dict[str, Any]:
         """Raises: ApiError."""
-        await self._composer.compose(body, model, caller, None)
+        _, composition = await self._composer.compose(body, model, caller, None)
         if body.messages is None:
             text, special, param = body.prompt or "", body.add_special_tokens is not False, "prompt"
         else:
@@ -62,7 +62,7 @@ class TokenService:
                 chat_template_kwargs=body.chat_template_kwargs,
                 tools=body.tools,
             )
-            text = await render_chat(chat, model)
+            text = await render_chat(composition.defaults.applied(chat), model)
             special, param = bool(body.add_special_tokens), "messages"
         ids = (await encode_text(text, model, special, param=param)).token_ids if text else []
         strings = [model.tokenizer.token_text(i) for i in ids] if body.return_token_strs else None

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 
 from loraplex.platform import uploads
 from loraplex.platform.callers import Caller
+from loraplex.platform.default_checks import check_defaults
 from loraplex.platform.download import tar_gz
 from loraplex.platform.errors import ApiError
 from loraplex.platform.names import adapter_not_found
@@ -132,7 +133,9 @@ async def download_adapter(adapter_id: AdapterId, state: State, who: Who) -> Str
 async def patch_adapter(
     adapter_id: AdapterId, change: AdapterPatch, state: State, who: Who
 ) -> AdapterDetail:
-    """Change description, metadata or who may use it; what is not sent stays."""
+    """Change description, metadata, defaults or who may use it; what is not sent stays."""
+    if change.defaults is not None:
+        await check_defaults(change.defaults, state.served_model())
     return await state.adapters.patch(who, adapter_id, change)
 
 

@@ -134,7 +134,9 @@ def rows(connection: Connection, query: str) -> list[tuple[Any, ...]]:
 KEPT = {
     "adapter": "SELECT id, tenant, name, description, metadata, next_version, created_at, "
     "deleted_at FROM adapter",
-    "adapter_version": "SELECT * FROM adapter_version",
+    "adapter_version": "SELECT id, adapter_id, version, digest, base_model, model_signature, "
+    "manifest, status, error, created_at, last_used_at, num_requests, num_prompt_tokens, "
+    "num_generated_tokens FROM adapter_version",
     "audit_event": "SELECT * FROM audit_event",
 }
 
