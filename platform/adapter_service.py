@@ -8,7 +8,7 @@ engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,13 @@ from loraplex.adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifes
 from loraplex.adapters.store import AdapterStore, Staging
 from loraplex.engine.api import AdapterResidencyInfo
 from loraplex.engine.errors import AdapterInUse, EngineDead
-from loraplex.platform import adapter_view, uploads
+from loraplex.platform import adapter_view, patching, uploads
 from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.finishing import finished
-from loraplex.platform.models import Adapter, AdapterShare, AdapterVersion, utc_now
+from loraplex.platform.models import Adapter, AdapterVersion, utc_now
 from loraplex.platform.names import Reference, adapter_not_found
 from loraplex.platform.registration import Registration
 from loraplex.platform.repositories import (
@@ -333,18 +333,9 @@ class AdapterService:
         """`change.defaults` was checked (`default_checks`)."""
         async with self._db.unit_of_work() as session:
             adapter = await require_own(AdapterRepository(session, caller), name)
-            before = _described(adapter)
-            if change.description is not None:
-                adapter.description = change.description
-            if change.metadata is not None:
-                adapter.metadata_ = change.metadata
-            if change.visibility is not None:
-                adapter.visibility = change.visibility
-            if change.shared_with is not None:
-                _share(adapter, change.shared_with)
-            if change.defaults is not None:
-                adapter.defaults = change.defaults.stored_form()
-            after = _described(adapter)
+            before = patching.described(adapter)
+            patching.apply(change, adapter)
+            after = patching.described(adapter)
             if before != after:
                 AuditRepository(session, adapter.tenant).add(
                     caller.actor, "adapter.patch", adapter.name, before=before, after=after
@@ -495,22 +486,3 @@ async def require_own(adapters: AdapterRepository, name: str) -> Adapter:
     adapter = await require_adapter(adapters, name)
     adapters.caller.check_may_change(adapter.tenant, f"adapter {name!r}")
     return adapter
-
-
-def _described(adapter: Adapter) -> dict[str, Any]:
-    """What a patch can change, for the audit log."""
-    return {
-        "description": adapter.description,
-        "metadata": adapter.metadata_,
-        "visibility": adapter.visibility,
-        "shared_with": [share.tenant for share in adapter.shares],
-        "defaults": adapter.defaults,
-    }
-
-
-def _share(adapter: Adapter, tenants: Sequence[str]) -> None:
-    kept = [share for share in adapter.shares if share.tenant in tenants]
-    added = set(tenants) - {share.tenant for share in kept}
-    adapter.shares[:] = sorted(
-        [*kept, *(AdapterShare(tenant=tenant) for tenant in added)], key=lambda share: share.tenant
-    )

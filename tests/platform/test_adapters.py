@@ -280,7 +280,7 @@ async def test_every_change_is_in_the_audit_log(server: Any) -> None:
         "adapter.pin",
         "adapter.delete",
     ]
-    same = {"metadata": {}, "visibility": "private", "shared_with": []}
+    same = {"metadata": {}, "visibility": "private", "shared_with": [], "defaults": None}
     assert events[2]["before"] == {"description": "", **same}
     assert events[2]["after"] == {"description": "d", **same}
     page = (await server.http.get("/v1/admin/events", params={"limit": 2, "after": 1})).json()
