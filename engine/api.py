@@ -96,6 +96,9 @@ class GenerationRequest(Struct, frozen=True, omit_defaults=True, kw_only=True):
     cache_salt: str = ""  # requests share prefix-cache blocks only with equal salts
     priority: int = 0  # lower runs first
     pooling: Pooling | None = None
+    # What came of it in an engine that died: the output goes on behind these. Counts, penalties,
+    # seeds and limits are as if this engine had chosen them.
+    output_token_ids: list[int] = []  # noqa: RUF012
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

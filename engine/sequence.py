@@ -84,6 +84,7 @@ class Sequence:
     digests: tuple[str, ...] = field(init=False)  # of `adapters`
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
+    num_failed_steps: int = 0  # since its last token
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     # With a grammar: the tokens that may come after those in `token_ids`; None = not known yet.
@@ -117,7 +118,7 @@ class Sequence:
                 request.prompt_token_ids,
                 invocations or {},
             ),
-            token_ids=list(request.prompt_token_ids),
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=num_prompt_tokens,
             max_num_tokens=min(
                 max_model_len,

@@ -32,6 +32,7 @@ def validate_request(request: GenerationRequest, model: ModelInfo, max_model_len
     "context_length_exceeded" for an over-long prompt, "invalid_request" for the rest.
     """
     _check_prompt(request.prompt_token_ids, model.vocab_size, max_model_len)
+    _check_output(request, model.vocab_size, max_model_len)
     _check_adapters(request)
     if request.pooling not in (None, "mean", "last"):
         raise InvalidRequest(f"pooling={request.pooling!r}: must be 'mean' or 'last'")
@@ -49,6 +50,18 @@ def _check_prompt(prompt: list[int], vocab_size: int, max_model_len: int) -> Non
             f"shorten it by {len(prompt) - max_model_len + 1}",
             code="context_length_exceeded",
         )
+
+
+def _check_output(request: GenerationRequest, vocab_size: int, max_model_len: int) -> None:
+    """A resumed request must have a token to go."""
+    output, max_tokens = request.output_token_ids, request.sampling.max_tokens
+    if not output:
+        return
+    _check_token_ids("output_token_ids", output, vocab_size)
+    room = max_model_len - len(request.prompt_token_ids)
+    limit = room if max_tokens is None else min(room, max_tokens)
+    if len(output) >= limit:
+        raise InvalidRequest(f"output_token_ids: {len(output)} given, at most {limit - 1} allowed")
 
 
 def _check_adapters(request: GenerationRequest) -> None:

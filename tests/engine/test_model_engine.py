@@ -29,7 +29,10 @@ class Driver:
         self.count = 0
 
     def generate(
-        self, cases: list[tuple[list[int], str | None]], **sampling: Any
+        self,
+        cases: list[tuple[list[int], str | None]],
+        output_token_ids: list[int] | None = None,
+        **sampling: Any,
     ) -> list[list[api.SequenceOutput]]:
         """All cases at once; each one's outputs up to its end. Invariants hold after every step."""
         outputs: dict[str, list[api.SequenceOutput]] = {}
@@ -44,6 +47,7 @@ class Driver:
                     prompt_token_ids=prompt,
                     sampling=SamplingParams(**params),
                     adapters=uses,
+                    output_token_ids=output_token_ids or [],
                 )
             )
         end = time.monotonic() + DEADLINE_S
@@ -253,3 +257,57 @@ def test_prompt_logprobs_equal_the_reference(
         assert outputs[0].logprobs is not None
         assert outputs[0].logprobs[0].rank == 1
         assert len(outputs[0].logprobs[0].top_ids) == 2
+
+
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 1.0, "top_p": 0.95, "seed": 11},
+    "penalties": {
+        "temperature": 0.7,
+        "seed": 3,
+        "presence_penalty": 0.8,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.3,
+    },
+    "ends": {"temperature": 0.9, "seed": 5, "min_tokens": 6, "stop_token_ids": tuple(range(90))},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_request_goes_on_in_another_engine_as_it_would_have(
+    kind: str, backend: str, make_driver: Any, make_prompt: Any
+) -> None:
+    """What a supervisor does after a crash: the prompt, and what came of it, to a new engine."""
+    prompt = make_prompt(20)
+    sampling = {"max_tokens": 16, "logprobs": 0, **SAMPLERS[kind]}
+    [whole] = make_driver("llama", backend=backend).generate([(prompt, "all")], **sampling)
+    tokens = [token for output in whole for token in output.token_ids]
+    driver = make_driver("llama", backend=backend)
+    for done in sorted({1, len(tokens) // 2, len(tokens) - 1}):
+        [rest] = driver.generate([(prompt, "all")], output_token_ids=tokens[:done], **sampling)
+        assert [token for output in rest for token in output.token_ids] == tokens[done:]
+        assert rest[-1].finish_reason == whole[-1].finish_reason
+        assert rest[-1].stop_token_id == whole[-1].stop_token_id
+        assert rest[0].num_cached_tokens is None, "its first output was given by another engine"
+        for mine, theirs in zip(rest, whole[done:], strict=True):
+            assert mine.logprobs is not None
+            assert theirs.logprobs is not None
+            assert mine.logprobs[0].logprob == pytest.approx(theirs.logprobs[0].logprob, abs=1e-4)
+    [wrong] = driver.generate([(prompt, "all")], output_token_ids=[*tokens[:1], 7], **sampling)
+    assert [t for output in wrong for t in output.token_ids] != tokens[2:], "it looks at nothing"
+
+
+def test_an_output_that_is_complete_cannot_go_on(make_driver: Any, make_prompt: Any) -> None:
+    hosted = make_driver("llama").hosted
+    hosted.add(
+        GenerationRequest(
+            request_id="r",
+            prompt_token_ids=make_prompt(9),
+            sampling=SamplingParams(max_tokens=10),
+            output_token_ids=[1] * 10,
+        )
+    )
+    [refused] = hosted.step()
+    assert refused.error is not None
+    assert "output_token_ids: 10 given, at most 9" in refused.error.message
