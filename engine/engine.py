@@ -47,6 +47,8 @@ News = api.Answer | api.AdapterEvent
 # How long a step may wait for the grammar masks of running sequences. One takes 0.05 ms as a rule,
 # and whoever has none by then sits the step out.
 MASK_WAIT_S = 0.002
+_MAX_FAILED_IN_A_ROW = 2  # steps
+_MAX_FAILED_STEPS = 3  # of one sequence, without a token between
 
 
 class Engine:
@@ -74,6 +76,8 @@ class Engine:
         self.model = model
         self.on_news = on_news
         self.on_wake: Callable[[], None] = lambda: None  # called by `wake`, in its thread
+        # Called with the ids of all requests that a launched step computes, or the next will.
+        self.on_run: Callable[[list[str]], None] = lambda request_ids: None
         self._runner = runner
         self._slots = slots
         self._blocks = blocks
@@ -98,6 +102,8 @@ class Engine:
         self._by_rank: dict[Rank, Sequence] = {}
         self._outputs: list[SequenceOutput] = []
         self._num_ranks = 0
+        self.is_broken = False  # steps fail for good: what it holds is not to be trusted
+        self._num_failed_in_a_row = 0
         self._ran = False  # the last step had something to run
         self._num_steps = 0
         self._num_step_tokens = 0
@@ -187,6 +193,8 @@ class Engine:
         stay_in_flight = self._runner.max_in_flight if schedule.scheduled else 0
         while len(self._in_flight) > stay_in_flight:
             self._settle_oldest()
+        if self._ran:
+            self._tell_who_runs()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -219,6 +227,7 @@ class Engine:
 
     def _launch(self, schedule: Schedule) -> None:
         self._note_first_scheduled(schedule)
+        self._tell_who_runs(schedule)
         try:
             handle = self._runner.launch(schedule)
         except Exception as error:
@@ -226,6 +235,12 @@ class Engine:
         else:
             self._in_flight.add(schedule, handle)
             self._scheduler.advance(schedule)
+
+    def _tell_who_runs(self, schedule: Schedule | None = None) -> None:
+        running = [seq.request_id for seq in self._in_flight.sequences]
+        if schedule is not None:
+            running += [item.seq.request_id for item in schedule.scheduled]
+        self.on_run(running)
 
     def _settle_oldest(self) -> None:
         step = self._in_flight.oldest
@@ -256,6 +271,7 @@ class Engine:
             seq = item.seq
             if seq in step.dropped:
                 continue
+            self._num_failed_in_a_row = 0
             if sample.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(sample.prompt_logprobs)
             if sample.embedding is not None:
@@ -272,6 +288,7 @@ class Engine:
             seq.prompt_logprobs.clear()
         reason, stop_token_id = _finish(seq, token_id)
         self._scheduler.settle(seq, token_id)
+        seq.num_failed_steps = 0
         self._num_generation_tokens += 1
         assert seq.first_scheduled_time is not None
         output = SequenceOutput(
@@ -307,10 +324,28 @@ class Engine:
         )
 
     def _fail_step(self, sequences: list[Sequence], error: Exception) -> None:
-        """What the step would have computed is unknown now: those who build on it end, and nobody
-        new may find it.
+        """What the step would have computed is unknown now: those who build on it are computed
+        anew, and nobody may find what it left.
+
+        A second failure in a row, or a third for one sequence without a token between, is no
+        accident: then they end, and whoever hosts the engine should put another in its place.
         """
         logger.error("step_failed sequences=%d", len(sequences), exc_info=error)
+        self._num_failed_in_a_row += 1
+        for seq in sequences:
+            seq.num_failed_steps += 1
+        is_accident = self._num_failed_in_a_row < _MAX_FAILED_IN_A_ROW and all(
+            seq.num_failed_steps < _MAX_FAILED_STEPS for seq in sequences
+        )
+        if is_accident:
+            for seq in sequences:
+                self._scheduler.requeue(seq)
+        else:
+            self.is_broken = True
+            self._fail_as_step(sequences, error)
+        self._blocks.reset_prefix_cache()
+
+    def _fail_as_step(self, sequences: list[Sequence], error: Exception) -> None:
         info = ErrorInfo(
             "step_failed",
             f"the model run of this request failed: {type(error).__name__}: {error}",
@@ -318,7 +353,6 @@ class Engine:
         )
         for seq in sequences:
             self._fail(seq, info)
-        self._blocks.reset_prefix_cache()
 
     def _fail(self, seq: Sequence, error: ErrorInfo) -> None:
         self._end(

@@ -6,6 +6,7 @@ EngineError
  +-- QueueFull             too many requests wait already
  +-- ModelError            this model, or this size of it, cannot be served here
  +-- EngineDead            the engine process is gone or restarting
+ +-- EngineBroken          steps fail for good; inside the engine process, which ends by it
 
 Every error has a stable `code` (see `code` of each class); HTTP statuses are
 `platform/errors.py`'s business.
@@ -50,3 +51,7 @@ class ModelError(EngineError):
 
 class EngineDead(EngineError):
     code = "engine_unavailable"
+
+
+class EngineBroken(EngineError):
+    code = "engine_broken"

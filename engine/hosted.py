@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from loraplex.engine import api
 from loraplex.engine.engine import Engine, News
-from loraplex.engine.errors import EngineError
+from loraplex.engine.errors import EngineBroken, EngineError
 
 # How long to sleep with work that cannot run yet. The end of a load ends the sleep; this is how
 # late the deadline of an order, or of a wait for room, may be noticed.
@@ -35,6 +35,14 @@ class HostedEngine:
     @on_wake.setter
     def on_wake(self, wake: Callable[[], None]) -> None:
         self.engine.on_wake = wake
+
+    @property
+    def on_run(self) -> Callable[[list[str]], None]:
+        return self.engine.on_run
+
+    @on_run.setter
+    def on_run(self, on_run: Callable[[list[str]], None]) -> None:
+        self.engine.on_run = on_run
 
     @property
     def model(self) -> api.ModelInfo:
@@ -64,9 +72,15 @@ class HostedEngine:
         self.engine.call(call)
 
     def step(self) -> list[api.SequenceOutput]:
+        """Raises: EngineBroken when steps fail for good: the process is to end, and another will
+        go on with the requests.
+        """
         self._is_new = False
         refused, self._refused = self._refused, []
-        return refused + self.engine.step()
+        outputs = self.engine.step()
+        if self.engine.is_broken:
+            raise EngineBroken("steps fail one after the other; see the errors above")
+        return refused + outputs
 
     def idle_s(self) -> float | None:
         if self._refused:

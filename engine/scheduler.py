@@ -113,6 +113,13 @@ class Scheduler:
             self._slots.unwant(seq.order)
         seq.status = SequenceStatus.FINISHED
 
+    def requeue(self, seq: Sequence) -> None:
+        """A running one gives everything back and waits, to be computed anew."""
+        self.running.remove(seq)
+        self._give_back(seq)
+        seq.prompt_logprobs.clear()
+        self._wait(seq)
+
     def waiting_reason(self, seq: Sequence) -> WaitingReason | None:
         if seq.status is not SequenceStatus.WAITING:
             return None
@@ -237,12 +244,9 @@ class Scheduler:
         self._slots.unwant(seq.order)
 
     def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._give_back(seq)
-        seq.prompt_logprobs.clear()
+        self.requeue(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait(seq)
 
     def _give_back(self, seq: Sequence) -> None:
         self._blocks.free(seq)

@@ -173,12 +173,29 @@ def test_cancel_frees_at_once_and_says_so_once() -> None:
     assert len(bench.ends) == 2
 
 
-def test_a_failed_step_ends_its_sequences_and_the_next_one_works() -> None:
+def test_a_failed_step_is_computed_anew() -> None:
     """Blocks published by the failed step were never written: nobody may hit them afterwards."""
     bench = Bench()
     failed = [bench.add(list(range(9))), bench.add(list(range(9)))]
     bench.runner.fail_next = True
     bench.step()
+    assert not bench.ends
+    again = bench.add(list(range(9)))
+    bench.run()
+    assert not bench.engine.is_broken
+    assert bench.firsts[failed[0]].num_cached_tokens == 0
+    for name in (*failed, again):
+        bench.check_tokens(name)
+
+
+def test_steps_that_fail_in_a_row_end_their_sequences() -> None:
+    bench = Bench()
+    failed = [bench.add(list(range(9))), bench.add(list(range(9)))]
+    for _ in range(2):
+        assert not bench.engine.is_broken
+        bench.runner.fail_next = True
+        bench.step()
+    assert bench.engine.is_broken
     for name in failed:
         end = bench.ends[name]
         assert end.error is not None
@@ -188,6 +205,22 @@ def test_a_failed_step_ends_its_sequences_and_the_next_one_works() -> None:
     bench.run()
     assert bench.firsts[again].num_cached_tokens == 0
     bench.check_tokens(again)
+
+
+def test_a_sequence_whose_steps_always_fail_ends() -> None:
+    """Others make progress between its failures, so no two steps fail in a row."""
+    bench = Bench(max_num_seqs=1)
+    bad = bench.add(list(range(9)), priority=1)
+    for _ in range(3):
+        assert not bench.engine.is_broken
+        bench.runner.fail_next = True
+        bench.step()
+        if bad not in bench.ends:
+            good = bench.add([3], max_tokens=1, priority=-1)
+            bench.step()
+            assert good in bench.ends
+    assert bench.engine.is_broken
+    assert bench.ends[bad].finish_reason is FinishReason.ERROR
 
 
 def test_bounded_queue_and_unique_ids() -> None:

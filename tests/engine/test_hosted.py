@@ -12,7 +12,7 @@ from engine_fakes import Bench
 from loraplex.engine import api
 from loraplex.engine.build import build_engine
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import ModelError
+from loraplex.engine.errors import EngineBroken, ModelError
 from loraplex.engine.hosted import HostedEngine
 
 
@@ -176,3 +176,18 @@ def test_a_directory_without_tokenizer_is_refused(tiny_model: Any, tmp_path: Pat
     (model / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         build_engine(settings(model, tmp_path / "store"))
+
+
+def test_an_engine_whose_steps_fail_for_good_ends_its_process(
+    hosted: HostedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request hears of it: another engine goes on with them."""
+
+    def out_of_memory(schedule: object) -> None:
+        raise MemoryError
+
+    hosted.add(request("1"))
+    monkeypatch.setattr(hosted.engine._runner, "launch", out_of_memory)
+    assert hosted.step() == []
+    with pytest.raises(EngineBroken):
+        hosted.step()

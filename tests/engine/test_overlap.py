@@ -232,24 +232,40 @@ def test_a_conversation_finds_every_full_block_of_its_last_turn(depth: int) -> N
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_failure_on_the_device_fails_all_that_build_on_it() -> None:
+def test_after_a_failure_on_the_device_all_that_build_on_it_are_computed_anew() -> None:
     bench = overlapped()
     prompt = list(range(9))
-    first = bench.add(prompt, max_tokens=9)
+    bench.add(prompt, max_tokens=9)
     bench.runner.fail_next_run = True
     bench.step()
-    second = bench.add(prompt)  # shares the blocks of the step that fails
+    bench.add(prompt)  # shares the blocks of the step that fails
     bench.step()
-    for name in (first, second):
+    assert bench.runner.events == ["launch 0", "launch 1", "collect 0"]
+    assert not bench.ends
+    assert not any(bench.tokens.values())
+    bench.run()
+    assert not bench.engine.is_broken
+    bench.check_over()
+
+
+def test_failures_in_a_row_on_the_device_fail_all_that_build_on_them() -> None:
+    bench = overlapped()
+    prompt = list(range(9))
+    names = [bench.add(prompt, max_tokens=9), bench.add(prompt)]
+    for _ in range(2):
+        assert not bench.engine.is_broken
+        bench.runner.fail_next_run = True
+        bench.step()
+        bench.step()
+    assert bench.engine.is_broken
+    for name in names:
         error = bench.ends[name].error
         assert error is not None
         assert error.code == "step_failed"
         assert "device on fire" in error.message
         assert bench.tokens[name] == []
-    assert bench.engine.has_work()  # the second step is still to be collected
     again = bench.add(prompt)
     bench.run()
-    assert bench.runner.events[:4] == ["launch 0", "launch 1", "collect 0", "launch 2"]
     assert bench.firsts[again].num_cached_tokens == 0
     bench.check_over()
 
@@ -273,9 +289,9 @@ def test_a_failed_launch_leaves_the_step_before_it_alone() -> None:
     bench = overlapped()
     done = bench.add([1], max_tokens=1)
     bench.step()
-    failed = bench.add([2])
+    failed = bench.add([2], max_tokens=3)
     bench.runner.fail_next = True
     bench.run()
-    assert bench.ends[failed].finish_reason is FinishReason.ERROR
+    assert bench.ends[failed].finish_reason is FinishReason.LENGTH
     assert bench.ends[done].finish_reason is FinishReason.LENGTH
     bench.check_over()
