@@ -1,18 +1,19 @@
 """The API process's side of the engine: streams of text, calls, events, and supervision. No torch.
 
 One reader callback takes every message off the socket and hands each request's news to its stream;
-there is no task per token or per request. A dead or silent engine process fails what was running
-and is started again with growing pauses. It knows nothing of HTTP, tenants or adapters' names.
+there is no task per token or per request. An engine process that dies, stops or hangs is replaced,
+and what was running goes on in the new one (`recovery.py`): a stream sees a pause. It knows nothing
+of HTTP, tenants or adapters' names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,8 @@ from loraplex.engine.api import (
 from loraplex.engine.child_process import ChildProcess, Death
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineDead, EngineError
+from loraplex.engine.flight_recorder import FlightRecord
+from loraplex.engine.recovery import Live, Recovery, Supervision
 from loraplex.engine.stream import Stream, TextChunk
 from loraplex.engine.tokenizer import Tokenizer
 from loraplex.engine.wire import (
@@ -63,7 +66,7 @@ Event = AdapterEvent | Stats
 
 _FACTORY = "loraplex.engine.build:build_engine"
 _MAX_FAILURES = 5  # in a row; then the machine or the model is at fault and a person must look
-_STEADY_S = 60.0  # an engine that lived so long had started well
+_WATCH_S = 0.5
 
 
 def _to_stderr(line: str) -> None:
@@ -77,9 +80,12 @@ class EngineClient:
         on_progress: start-up news (phase, done, total).
         on_log: each line that the engine process prints; default: to standard error.
         factory: "module:function" that builds the engine in the other process.
-        restart_delay_s: pause before the first restart; doubles with each failure in a row.
-        hang_timeout_s: an engine that says nothing for so long is killed. A step says nothing while
-            it runs, and on a slow machine with a large model a step is long.
+        restart_delay_s: pause before an engine is started that follows one which came to nothing;
+            doubles with each of these in a row.
+        hang_timeout_s: an engine whose turn of work (a step, mostly) takes so long is killed. On a
+            slow machine with a large model a step is long.
+        silence_timeout_s: a process whose clock thread was not seen for so long, because it is
+            stopped or its interpreter stuck, is killed.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class EngineClient:
         factory: str = _FACTORY,
         restart_delay_s: float = 1.0,
         hang_timeout_s: float = 300.0,
+        silence_timeout_s: float = 15.0,
     ) -> None:
         self.info: ModelInfo | None = None  # known once the model was loaded; stays over restarts
         self.startup_memory: MemoryInfo | None = None
@@ -105,7 +112,9 @@ class EngineClient:
         self._on_log = on_log
         self._restart_delay_s = restart_delay_s
         self._hang_timeout_s = hang_timeout_s
-        self._streams: dict[str, Stream] = {}
+        self._silence_timeout_s = silence_timeout_s
+        self._recovery = Recovery(lambda requests: self._send(Submit(requests)))
+        self._pins: set[str] = set()
         self._calls: dict[int, asyncio.Future[bytes]] = {}
         self._next_serial = 0
         self._callbacks: list[Callable[[Event], None]] = []
@@ -114,8 +123,8 @@ class EngineClient:
         self._child: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
-        self._last_heard = 0.0
         self._start_error: EngineError | None = None
+        self._useful = False  # the engine of now has done something for a request
         self._stopping = False
 
     # --- life ------------------------------------------------------------------------------------
@@ -143,7 +152,9 @@ class EngineClient:
         """Ask the engine to go, kill it after the deadline. What runs ends with EngineDead."""
         self._stopping = True
         self.ready = False
-        self._fail_all(EngineDead("the server is shutting down"))
+        over = EngineDead("the server is shutting down")
+        self._recovery.fail_all(over)
+        self._fail_calls(over)
         supervisor = self._supervisor
         if supervisor is not None:
             if self._child is not None and deadline_s > 0:
@@ -171,9 +182,11 @@ class EngineClient:
         """The request's text as it comes. Closing the generator early cancels the request at once.
 
         Several steps' news come in one chunk when the consumer is behind. `stop`: strings that end
-        the text (`include_stop`: and stay in it). Raises: the EngineError that the engine reports,
-        also in the middle; EngineDead when it dies.
+        the text (`include_stop`: and stay in it). When the engine dies the stream pauses and goes
+        on in the next one. Raises: the EngineError that the engine reports, also in the middle;
+        EngineDead when there is no engine now or none will come back.
         """
+        self._recovery.check(request)
         stream = Stream(
             request,
             self._require_ready(),
@@ -184,8 +197,12 @@ class EngineClient:
         # Its own id on the wire: late news of a cancelled request must not reach a namesake.
         self._next_serial += 1
         wire_id = f"{request.request_id}#{self._next_serial}"
-        self._streams[wire_id] = stream
-        self._send(Submit([msgspec.structs.replace(request, request_id=wire_id)]))
+        sampling = request.sampling
+        if sampling.seed is None:  # drawn here, so that another engine would go on alike
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+        on_wire = msgspec.structs.replace(request, request_id=wire_id, sampling=sampling)
+        self._recovery.live[wire_id] = Live(self._next_serial, on_wire, stream)
+        self._send(Submit([on_wire]))
         try:
             while True:
                 chunk = await stream.next()
@@ -193,8 +210,8 @@ class EngineClient:
                 if chunk.finish_reason is not None:
                     return
         finally:
-            if self._streams.pop(wire_id, None) is not None:  # nobody wants the rest
-                self._send(Cancel([wire_id]))
+            if self._recovery.leave(wire_id) is not None and self._link is not None:
+                self._send(Cancel([wire_id]))  # nobody wants the rest
 
     # --- calls -----------------------------------------------------------------------------------
 
@@ -216,6 +233,8 @@ class EngineClient:
         return await self._call(list[AdapterResidencyInfo], "adapters")
 
     async def load(self, digest: str, *, wait: bool = True) -> AdapterResidencyInfo:
+        """Also lifts its quarantine."""
+        self._recovery.release(digest)
         return await self._call(AdapterResidencyInfo, "load", digest=digest, wait=wait)
 
     async def evict(
@@ -231,17 +250,23 @@ class EngineClient:
         )
 
     async def pin(self, digest: str) -> AdapterResidencyInfo:
-        return await self._call(AdapterResidencyInfo, "pin", digest=digest)
+        """Also in engines to come."""
+        info = await self._call(AdapterResidencyInfo, "pin", digest=digest)
+        self._pins.add(digest)
+        return info
 
     async def unpin(self, digest: str) -> AdapterResidencyInfo:
+        self._pins.discard(digest)
         return await self._call(AdapterResidencyInfo, "unpin", digest=digest)
 
     async def forget(
         self, digest: str, *, force: bool = False, timeout_s: float | None = None
     ) -> FreedBytes:
-        return await self._call(
+        freed = await self._call(
             FreedBytes, "forget", digest=digest, force=force, timeout_s=timeout_s
         )
+        self._pins.discard(digest)
+        return freed
 
     async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
         """Compare what the adapter does in the engine with its files; loads it first, for which
@@ -251,6 +276,11 @@ class EngineClient:
 
     async def reset_prefix_cache(self) -> bool:
         return await self._call(bool, "reset_prefix_cache")
+
+    @property
+    def supervision(self) -> Supervision:
+        recovery = self._recovery
+        return Supervision(self.num_restarts, recovery.num_resumed, dict(recovery.quarantined))
 
     def on_event(self, callback: Callable[[Event], None]) -> None:
         """`callback` gets every AdapterEvent and Stats from now on; it must be quick."""
@@ -281,7 +311,6 @@ class EngineClient:
         self._link.send(message)
 
     def _receive(self, message: FromEngine) -> None:
-        self._last_heard = time.monotonic()
         match message:
             case Outputs():
                 self._dispatch(message)
@@ -303,20 +332,23 @@ class EngineClient:
                 pass
 
     def _dispatch(self, message: Outputs) -> None:
-        streams = self._streams
+        recovery, self._useful = self._recovery, True
         cancelled: list[str] = []
         for output in message.outputs:
-            stream = streams.get(output.request_id)
-            if stream is None:
+            live = recovery.live.get(output.request_id)
+            if live is None:
                 continue  # cancelled a moment ago
+            stream = live.stream
             if output.error is not None:
                 stream.fail(error_from_wire(output.error))
             else:
                 stream.feed(output)
             if stream.ended:
-                del streams[output.request_id]
+                recovery.leave(output.request_id)
                 if output.finish_reason is None:  # a stop string, which the engine cannot know
                     cancelled.append(output.request_id)
+            elif live is recovery.on_trial:
+                recovery.try_next()
         if cancelled:
             self._send(Cancel(cancelled))
 
@@ -339,13 +371,19 @@ class EngineClient:
         self.info = message.model
         self.startup_memory = message.memory
         self.ready = not self._stopping
+        for digest in self._pins:
+            self._order("pin", digest)
+            self._order("load", digest)
+        self._recovery.back()
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
 
-    def _fail_all(self, error: EngineDead) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
+    def _order(self, method: str, digest: str) -> None:
+        """A call whose answer nobody waits for."""
+        self._next_serial += 1
+        self._send(Call(self._next_serial, method, digest=digest, wait=False))
+
+    def _fail_calls(self, error: EngineDead) -> None:
         calls, self._calls = self._calls, {}
         for future in calls.values():
             if not future.done():
@@ -354,10 +392,9 @@ class EngineClient:
     # --- supervision -----------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        failures = 0
+        failures = 0  # engines in a row that came to nothing
         while True:
-            began = time.monotonic()
-            self._start_error = None
+            self._start_error, self._useful = None, False
             death = await self._run_engine()
             if self._stopping:
                 return
@@ -365,13 +402,17 @@ class EngineClient:
             if self._started is not None and not self._started.done():
                 self._started.set_exception(error)
                 return
-            failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
+            failures = 0 if self._useful else failures + 1
             if failures >= _MAX_FAILURES:
                 self.failure = f"{failures} failures in a row; the last: {error.message}"
                 self._on_log(f"engine: giving up after {self.failure}")
+                self._recovery.fail_all(EngineDead(f"the engine is down for good: {self.failure}"))
                 return
-            delay_s = self._restart_delay_s * 2 ** (failures - 1)
-            self._on_log(f"engine: {error.message}\nengine: restarting in {delay_s:g} s")
+            delay_s = self._restart_delay_s * 2 ** (failures - 1) if failures else 0.0
+            self._on_log(
+                f"engine: {error.message}\nengine: restarting in {delay_s:g} s, "
+                f"{len(self._recovery.live)} requests go on then"
+            )
             await asyncio.sleep(delay_s)
             self.num_restarts += 1
 
@@ -380,14 +421,20 @@ class EngineClient:
         assert self._context is not None
         directory = Path(tempfile.mkdtemp(prefix="loraplex-"))  # 0700: nobody else may connect
         link = self._link = _Link(self._context, directory, self._receive)
+        record = FlightRecord(directory / "record")
         child: ChildProcess | None = None
         watchdog: asyncio.Task[None] | None = None
         try:
             order = LaunchOrder(
-                self._factory, self._config, link.to_engine, link.from_engine, os.getpid()
+                self._factory,
+                self._config,
+                link.to_engine,
+                link.from_engine,
+                directory / "record",
+                os.getpid(),
             )
             child = self._child = await ChildProcess.start(order, self._on_log)
-            watchdog = asyncio.create_task(self._watch(child), name="loraplex-watchdog")
+            watchdog = asyncio.create_task(self._watch(child, record), name="loraplex-watchdog")
             death = await child.wait()
             link.drain()  # its last words
         finally:
@@ -399,17 +446,26 @@ class EngineClient:
                 watchdog.cancel()
             if child is not None:
                 await child.kill()
-        self._fail_all(EngineDead(f"the engine process died ({death.how}) and is restarted"))
+            in_hand = record.in_hand()
+            record.close()
+        self._fail_calls(EngineDead(f"the engine process died ({death.how}) and is restarted"))
+        self._recovery.died(in_hand, death.how)
         return death
 
-    async def _watch(self, child: ChildProcess) -> None:
-        """Kill an engine that has been silent for too long."""
-        silent_s = 0.0
-        while silent_s < self._hang_timeout_s:
-            await asyncio.sleep(self._hang_timeout_s - silent_s)
+    async def _watch(self, child: ChildProcess, record: FlightRecord) -> None:
+        """Kill an engine that is stopped or hangs."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
             # A model that loads may be silent for as long as it likes: a download, a slow disk.
-            silent_s = time.monotonic() - self._last_heard if self.ready else 0.0
-        self._on_log(f"engine: no sign of life for {silent_s:.0f} s, killing it")
+            pulse = record.pulse() if self.ready else None
+            if pulse is None:
+                continue
+            if pulse.silent_s > self._silence_timeout_s:
+                self._on_log(f"engine: no sign of life for {pulse.silent_s:.0f} s, killing it")
+                break
+            if pulse.turn_s is not None and pulse.turn_s > self._hang_timeout_s:
+                self._on_log(f"engine: a step takes {pulse.turn_s:.0f} s already, killing it")
+                break
         await child.kill()
 
 

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Protocol, cast
 
 import zmq
@@ -50,6 +51,7 @@ from loraplex.engine.api import (
 )
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import EngineError, ModelError
+from loraplex.engine.flight_recorder import FlightRecorder, Hand
 from loraplex.engine.wire import (
     LaunchOrder,
     decode_order,
@@ -72,6 +74,7 @@ class EngineLoop(Protocol):
     """
 
     on_wake: Callable[[], None]  # called, in any thread, when a sleep of `idle_s` is over early
+    on_run: Callable[[list[str]], None]  # called with the requests of all steps in flight
 
     @property
     def model(self) -> ModelInfo: ...
@@ -153,8 +156,9 @@ class Channel:
         self._context.term()
 
 
-def serve(engine: EngineLoop, channel: Channel) -> None:
+def serve(engine: EngineLoop, channel: Channel, recorder: FlightRecorder) -> None:
     """The loop, until the parent says Shutdown."""
+    engine.on_run = lambda ids: recorder.hold(Hand.STEPS, map(_serial, ids))
     beat_at = collect_at = time.monotonic()
     steps = steps_told = 0
     while True:
@@ -171,11 +175,16 @@ def serve(engine: EngineLoop, channel: Channel) -> None:
                     collect_at = now + _COLLECT_S
         until_beat_s = beat_at - now
         wait_s = until_beat_s if idle_s is None else min(idle_s, until_beat_s)
+        if wait_s > 0:
+            recorder.rest()
         for message in channel.receive(wait_s):
+            recorder.turn()
             match message:
                 case Submit():
                     for request in message.requests:
+                        recorder.hold(Hand.MESSAGE, [_serial(request.request_id)])
                         engine.add(request)
+                    recorder.hold(Hand.MESSAGE, [])
                 case Cancel():
                     engine.cancel(message.request_ids)
                 case Call():
@@ -184,6 +193,7 @@ def serve(engine: EngineLoop, channel: Channel) -> None:
                     return
         _send_news(engine, channel)  # a question need not wait for a step
         if engine.idle_s() is not None:
+            recorder.turn()
             outputs = engine.step()
             steps += 1
             if outputs:
@@ -196,6 +206,13 @@ def _send_news(engine: EngineLoop, channel: Channel) -> None:
         channel.send(event)
     for answer in engine.take_answers():
         channel.send(answer)
+
+
+@lru_cache(maxsize=8192)
+def _serial(wire_id: str) -> int:
+    """The number that the client ended the request's id with; 0 if somebody else sent it."""
+    number = wire_id.rpartition("#")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def _build(order: LaunchOrder, on_progress: OnProgress) -> EngineLoop:
@@ -257,9 +274,11 @@ def main() -> int:
     gc.freeze()
     gc.disable()
     engine.on_wake = channel.wake
+    recorder = FlightRecorder(order.record)
+    recorder.beat_for_ever()
     channel.send(Ready(engine.model, engine.memory()))
     try:
-        serve(engine, channel)
+        serve(engine, channel, recorder)
     finally:
         engine.close()
         channel.close()

@@ -30,6 +30,7 @@ class LaunchOrder(msgspec.Struct, frozen=True):
     config: EngineConfig
     to_engine: str  # ZeroMQ endpoints, bound by the parent
     from_engine: str
+    record: Path  # of `flight_recorder.py`
     parent_pid: int
 
 

@@ -19,6 +19,7 @@ from loraplex.engine.api import (
     RequestInfo,
     Stats,
 )
+from loraplex.engine.recovery import Supervision
 from loraplex.engine.stream import TextChunk
 from loraplex.engine.tokenizer import Tokenizer
 
@@ -36,6 +37,11 @@ class EnginePort(Protocol):
     @property
     def failure(self) -> str | None:
         """Why the engine was given up after a good start."""
+        ...
+
+    @property
+    def supervision(self) -> Supervision:
+        """Restarts, resumed requests, adapters in quarantine."""
         ...
 
     @property

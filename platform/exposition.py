@@ -24,6 +24,7 @@ from loraplex.engine.api import (
     EngineStats,
     MemoryInfo,
 )
+from loraplex.engine.recovery import Supervision
 from loraplex.platform.adapter_series import OTHER, AdapterLabel
 from loraplex.platform.histogram import Histogram
 from loraplex.platform.request_metrics import HISTOGRAMS, RequestMetrics
@@ -59,6 +60,7 @@ class _Exposition(Collector):
         pulls: PullCounters,
         residency: ResidencyLog,
         proofs: Mapping[str, int],
+        supervision: Supervision,
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._ready = ready
@@ -67,9 +69,11 @@ class _Exposition(Collector):
         self._pulls = pulls
         self._residency = residency
         self._proofs = proofs
+        self._supervision = supervision
 
     def collect(self) -> Iterable[Metric]:
         yield self._gauge("loraplex:ready", "1 when the engine answers.", int(self._ready))
+        yield from self._supervision_families()
         yield from self._request_families()
         yield from self._adapter_families()
         yield from self._pull_families()
@@ -90,6 +94,20 @@ class _Exposition(Collector):
         family = CounterMetricFamily(name, help_text, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
+
+    def _supervision_families(self) -> Iterable[Metric]:
+        seen = self._supervision
+        yield self._counter(
+            "loraplex:engine_restarts", "Engine processes that replaced one.", seen.restarts
+        )
+        yield self._counter(
+            "loraplex:requests_resumed", "Requests that went on in another engine.", seen.resumed
+        )
+        yield self._gauge(
+            "loraplex:adapters_quarantined",
+            "Adapters whose requests engines died of, refused until loaded by hand.",
+            len(seen.quarantined),
+        )
 
     def _request_families(self) -> Iterable[Metric]:
         names, values = list(self._labels), list(self._labels.values())
@@ -329,8 +347,11 @@ def exposition(
     pulls: PullCounters,
     residency: ResidencyLog,
     proofs: Mapping[str, int],
+    supervision: Supervision,
 ) -> CollectorRegistry:
     """A registry that holds this scrape's figures."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Exposition(model_name, ready, requests, engine, pulls, residency, proofs))
+    registry.register(
+        _Exposition(model_name, ready, requests, engine, pulls, residency, proofs, supervision)
+    )
     return registry

@@ -69,5 +69,6 @@ async def metrics(state: State) -> Response:
         state.pulls.counters(),
         state.admin.residency_log,
         await state.proofs.counts(),
+        state.engine.supervision,
     )
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -2,7 +2,8 @@
 again.
 
 Tokens are bytes. `EngineConfig.model` is "fake" or "fake:<how the start goes>"; a request's
-`cache_salt` is what happens to it. No torch.
+`cache_salt` is what happens to it: "kill@3" kills the process in the step of the fourth token.
+No torch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _byte_names() -> dict[str, int]:
 class _Live:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self.num_out = 0
+        self.num_out = len(request.output_token_ids)
 
 
 class FakeEngine:
@@ -88,6 +89,8 @@ class FakeEngine:
         self._events: list[AdapterEvent] = []
         self._answers: list[Answer] = []
         self._step_s = 0.0005
+        self._pins: list[str] = []
+        self.on_run: Callable[[list[str]], None] = lambda request_ids: None
 
     def add(self, request: GenerationRequest) -> None:
         if request.cache_salt == "crash":
@@ -108,9 +111,13 @@ class FakeEngine:
 
     def step(self) -> list[SequenceOutput]:
         self.steps += 1
+        self.on_run(list(self._live))
         time.sleep(self._step_s)
+        if any(live.request.cache_salt == f"kill@{live.num_out}" for live in self._live.values()):
+            os.kill(os.getpid(), signal.SIGKILL)
         for request_id, live in list(self._live.items()):
             self._advance(request_id, live)
+        self.on_run([])
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -176,20 +183,22 @@ class FakeEngine:
                 )
                 for request_id, live in self._live.items()
             ],
-            "adapters": [],
+            "adapters": [_residency(digest) for digest in self._pins],
             "evict": FreedBytes(device_bytes=7, host_bytes=len(call.tier)),
             "reset_prefix_cache": True,
         }
-        if call.method == "pin":
+        if call.method == "pin" and self.model.name == "fake:pins":
+            self._pins.append(call.digest)
+        elif call.method == "pin":
             error = ErrorInfo(
                 "adapter_not_found", f"no adapter {call.digest}", "adapter_unavailable"
             )
             self._answers.append(Answer(call.call_id, error=error))
             return
-        if call.method in ("load", "unpin", "forget"):
+        if call.method in ("load", "pin", "unpin", "forget"):
             before, after = AdapterState.HOST, AdapterState.DEVICE
             self._events.append(AdapterEvent(call.digest, before, after, 0.5, time.time()))
-            results["load"] = results["unpin"] = _residency(call.digest)
+            results["load"] = results["pin"] = results["unpin"] = _residency(call.digest)
             results["forget"] = FreedBytes(host_bytes=3)
         result = msgspec.Raw(msgspec.msgpack.encode(results[call.method]))
         self._answers.append(Answer(call.call_id, result))
@@ -256,6 +265,8 @@ def build(config: EngineConfig, on_progress: Callable[[str, int, int], None]) ->
         os.kill(os.getpid(), signal.SIGABRT)
     if how == "slow":
         time.sleep(1000)
+    if how == "slowly_again":
+        time.sleep(0.3)
     if how.startswith("once="):  # the first start goes well, the later ones do not
         marker = how.removeprefix("once=")
         if os.path.exists(marker):

@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from loraplex.engine.api import (
     AdapterEvent,
     AdapterState,
+    AdapterUse,
     FinishReason,
     GenerationRequest,
     SamplingParams,
@@ -29,6 +31,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import (
     AdapterUnavailable,
     EngineDead,
+    EngineError,
     ModelError,
     QueueFull,
 )
@@ -161,7 +164,7 @@ async def test_a_hundred_streams_at_once():
         )
         for text, chunk in zip(texts, chunks, strict=True):
             assert chunk.text == (text * 50)[:50]
-        assert not client._streams
+        assert not client._recovery.live
 
 
 async def test_errors_keep_their_class_and_code():
@@ -176,7 +179,7 @@ async def test_errors_keep_their_class_and_code():
         with pytest.raises(AdapterUnavailable, match="bad file") as caught:
             await anext(half)
         assert caught.value.code == "adapter_corrupt"
-        assert not client._streams
+        assert not client._recovery.live
 
 
 async def test_requests_with_equal_ids_do_not_mix():
@@ -227,7 +230,7 @@ async def test_leaving_a_stream_cancels_it():
             return await client.requests() == []
 
         await until(engine_is_free)
-        assert not client._streams
+        assert not client._recovery.live
         assert (await collect(client, request("again"))).text == "abcabcabca"
 
 
@@ -284,51 +287,164 @@ async def test_stats_come_by_themselves_while_there_is_work():
 # --- deaths --------------------------------------------------------------------------------------
 
 
-async def test_after_a_kill_the_engine_comes_back():
+async def test_after_a_kill_streams_go_on_in_the_next_engine():
     lines: list[str] = []
-    async with running(restart_delay_s=0.05, on_log=lines.append) as client:
+    async with running(on_log=lines.append) as client:
         assert client._child is not None
         first_pid = client._child.pid
-        live = client.generate(request("live", max_tokens=None))
-        await anext(live)
-        stalled = asyncio.create_task(collect(client, request("stalled", salt="stall")))
-        await asyncio.sleep(0)
+        texts = {f"r{i}": f"request {i} " for i in range(20)}
+        streams = [
+            asyncio.create_task(
+                collect(client, request(name, text, max_tokens=300, logprobs=0), stop=["never"])
+            )
+            for name, text in texts.items()
+        ]
+        await until(lambda: _has_tokens(client, "r7"))
+        asked = asyncio.create_task(client.memory())
+        os.kill(first_pid, signal.SIGSTOP)  # so that the question is not answered first
+        await asyncio.sleep(0.01)
         os.kill(first_pid, signal.SIGKILL)
-        with pytest.raises(EngineDead, match="SIGKILL"):
-            async for _ in live:
-                pass
-        with pytest.raises(EngineDead):
-            await stalled
-        assert not client.ready
+        for (name, text), stream in zip(texts.items(), streams, strict=True):
+            chunk = await stream
+            assert chunk.text == (text * 300)[:300], name
+            assert len(chunk.logprobs or ()) == len(chunk.token_ids) == 300
+            assert chunk.finish_reason is FinishReason.LENGTH
+        with suppress(EngineDead):  # it may have been quick enough
+            await asked
+        assert client._child.pid != first_pid
+        assert client.num_restarts == 1
+        assert client.supervision.resumed > 0
+        assert any("requests go on then" in line for line in lines)
+        assert not client._recovery.live
+
+
+async def test_while_the_engine_restarts_new_requests_are_told_so():
+    async with running("fake:slowly_again", restart_delay_s=0.05) as client:
+        live = client.generate(request("live", max_tokens=500))
+        text = (await anext(live)).text
+        assert client._child is not None
+        os.kill(client._child.pid, signal.SIGKILL)
+        await until(lambda: _is(lambda: not client.ready))
         with pytest.raises(EngineDead, match="try again"):
             await collect(client, request())
         with pytest.raises(EngineDead):
             await client.memory()
-
-        async def back() -> bool:
-            return client.ready
-
-        await until(back)
-        assert client._child.pid != first_pid
-        assert client.num_restarts == 1
-        assert any("restarting in" in line for line in lines)
-        assert (await collect(client, request(max_tokens=3))).text == "abc"
+        async for chunk in live:
+            text += chunk.text
+        assert text == ("abc" * 500)[:500]
 
 
-@pytest.mark.parametrize(("salt", "how"), [("crash", "SIGKILL"), ("exception", "exit code 1")])
-async def test_a_request_that_kills_the_engine_is_told_so(salt: str, how: str):
+async def test_an_unseeded_request_keeps_the_seed_it_was_given():
+    """Sampling goes on as it would have, also where nobody chose a seed."""
+    async with running() as client:
+        live = client.generate(request("live", max_tokens=None))
+        await anext(live)
+        (one,) = client._recovery.live.values()
+        assert one.request.sampling.seed is not None
+        assert one.resumed().sampling.seed == one.request.sampling.seed
+        await live.aclose()
+
+
+async def test_a_stream_that_was_left_is_not_resumed():
+    async with running() as client:
+        live = client.generate(request("left", max_tokens=None))
+        await anext(live)
+        assert client._child is not None
+        os.kill(client._child.pid, signal.SIGKILL)
+        await until(lambda: _is(lambda: not client.ready))
+        await live.aclose()
+        await until(lambda: _is(lambda: client.ready))
+        assert await client.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("salt", "how"),
+    [("crash", "SIGKILL"), ("exception", "exit code 1"), ("kill@0", "SIGKILL"), ("kill@4", "died")],
+)
+async def test_a_request_that_kills_the_engine_is_told_so_and_others_go_on(salt: str, how: str):
     lines: list[str] = []
-    async with running(restart_delay_s=0.05, on_log=lines.append) as client:
-        with pytest.raises(EngineDead, match=how):
+    async with running(restart_delay_s=0.02, on_log=lines.append) as client:
+        others = [
+            asyncio.create_task(collect(client, request(f"o{i}", f"o{i} ", max_tokens=2000)))
+            for i in range(5)
+        ]
+        await until(lambda: _has_tokens(client, "o0"))
+        with pytest.raises(EngineError, match=how) as caught:
             await collect(client, request(salt=salt))
+        assert caught.value.code == "request_kills_engine"
+        for i, other in enumerate(others):
+            assert (await other).text == (f"o{i} " * 2000)[:2000]
+        assert client.num_restarts == 3
         if salt == "exception":
             assert any("a bug in the engine" in line for line in lines)
 
 
-async def test_a_silent_engine_is_killed():
-    async with running(restart_delay_s=0.05, hang_timeout_s=1.5) as client:
-        with pytest.raises(EngineDead, match="SIGKILL"):
+async def test_an_adapter_that_kills_engines_is_quarantined():
+    use = (AdapterUse("d" * 64),)
+    async with running(restart_delay_s=0.02) as client:
+        bad = [
+            msgspec.structs.replace(request(f"bad{i}", salt="kill@1"), adapters=use)
+            for i in range(2)
+        ]
+        for killer in bad:
+            with pytest.raises(EngineError, match="died 3 times"):
+                await collect(client, killer)
+            await until(lambda: _is(lambda: client.ready))
+        assert list(client.supervision.quarantined) == ["d" * 64]
+        with pytest.raises(AdapterUnavailable, match="quarantine") as caught:
+            await collect(client, msgspec.structs.replace(request("good"), adapters=use))
+        assert caught.value.code == "adapter_quarantined"
+        assert (await collect(client, request("base"))).text == "abcabcabca"
+        await client.load("d" * 64)  # an operator wants to see it again
+        good = msgspec.structs.replace(request("good"), adapters=use)
+        assert (await collect(client, good)).text == "abcabcabca"
+
+
+async def test_pins_outlive_the_engine():
+    async with running("fake:pins", restart_delay_s=0.02) as client:
+        await client.pin("p1")
+        await client.pin("p2")
+        await client.unpin("p2")
+        assert client._child is not None
+        os.kill(client._child.pid, signal.SIGKILL)
+
+        async def pinned_again() -> bool:
+            if client.num_restarts == 0 or not client.ready:
+                return False
+            return [info.digest for info in await client.adapters()] == ["p1"]
+
+        await until(pinned_again)
+
+
+async def test_an_engine_whose_turn_does_not_end_is_killed():
+    async with running(restart_delay_s=0.02, hang_timeout_s=1.0) as client:
+        with pytest.raises(EngineError, match="died 3 times"):
             await collect(client, request(salt="hang"))
+
+
+async def test_a_stopped_engine_is_replaced():
+    async with running(silence_timeout_s=2.0) as client:
+        stream = asyncio.create_task(collect(client, request("r", max_tokens=3000)))
+        await until(lambda: _has_tokens(client, "r"))
+        assert client._child is not None
+        os.kill(client._child.pid, signal.SIGSTOP)
+        assert (await stream).text == "abc" * 1000
+        assert client.num_restarts == 1
+
+
+async def test_engines_that_did_something_are_replaced_for_ever():
+    """Only engines that come to nothing count as failures in a row."""
+    async with running(restart_delay_s=1000) as client:
+        stream = client.generate(request("r", max_tokens=None))
+        for _ in range(8):
+            while not (await anext(stream)).text or not client.ready:
+                pass
+            assert client._child is not None
+            os.kill(client._child.pid, signal.SIGKILL)
+            await until(lambda: _is(lambda: not client.ready))
+        await anext(stream)
+        assert client.num_restarts == 8
+        await stream.aclose()
 
 
 async def test_gives_up_after_failures_in_a_row(tmp_path: Path):
@@ -385,7 +501,12 @@ async def test_stop_ends_streams_calls_and_the_process():
 
 
 async def _has_tokens(client: EngineClient, name: str) -> bool:
-    return any(s.request.request_id == name and s.token_ids for s in client._streams.values())
+    streams = [live.stream for live in client._recovery.live.values()]
+    return any(s.request.request_id == name and s.token_ids for s in streams)
+
+
+async def _is(condition: Callable[[], bool]) -> bool:
+    return condition()
 
 
 async def test_stop_kills_an_engine_that_does_not_answer():

@@ -35,6 +35,7 @@ from loraplex.engine.api import (
 )
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import AdapterUnavailable, EngineError, QueueFull
+from loraplex.engine.flight_recorder import FlightRecord, FlightRecorder
 from loraplex.engine.process import Channel, serve
 from loraplex.engine.wire import (
     LaunchOrder,
@@ -56,6 +57,8 @@ class Parent:
     def __init__(self, directory: Path) -> None:
         self.to_engine = f"ipc://{directory}/to-engine"
         self.from_engine = f"ipc://{directory}/from-engine"
+        self.record_path = directory / "record"
+        self.record = FlightRecord(self.record_path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._in = new_socket(self._context, zmq.PULL)
         self._in.bind(self.from_engine)
@@ -81,6 +84,7 @@ class Parent:
         self._in.close()
         self._out.close()
         self._context.term()
+        self.record.close()
 
 
 @pytest.fixture
@@ -98,7 +102,8 @@ def engine(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     engine = fake_engine.FakeEngine(EngineConfig(model="fake", adapter_dir=Path("x")))
     channel = Channel(parent.to_engine, parent.from_engine)
-    thread = threading.Thread(target=serve, args=(engine, channel))
+    recorder = FlightRecorder(parent.record_path)
+    thread = threading.Thread(target=serve, args=(engine, channel, recorder))
     thread.start()
     yield engine
     parent.send(Shutdown())
@@ -147,6 +152,23 @@ def test_stats_come_while_there_is_work_and_once_after_it(parent: Parent, engine
         assert isinstance(parent.next(), Heartbeat)
 
 
+def test_the_record_tells_what_is_in_hand_and_since_when(parent: Parent, engine: Any):
+    parent.send(Submit([request("a#5"), request("b#7"), request("without a number")]))
+    parent.until(lambda message: isinstance(message, Outputs))
+    while not parent.record.in_hand() >= {5, 7}:
+        parent.until(lambda message: isinstance(message, Outputs))
+    pulse = parent.record.pulse()
+    assert pulse is not None
+    assert pulse.turn_s is not None
+    parent.send(Cancel(["a#5", "b#7", "without a number"]))
+    parent.until(lambda message: isinstance(message, Heartbeat))
+    while parent.record.in_hand():
+        parent.until(lambda message: isinstance(message, Heartbeat))
+    pulse = parent.record.pulse()
+    assert pulse is not None
+    assert pulse.turn_s is None, "it sleeps, but its turn is not over"
+
+
 def test_an_idle_engine_sleeps(parent: Parent, engine: Any):
     """It looks up for its heartbeat only: a loop that polls would look thousands of times."""
     parent.until(lambda message: isinstance(message, Heartbeat))
@@ -182,7 +204,7 @@ def test_errors_keep_class_and_code_on_the_way():
 
 def test_the_launch_order_survives_the_way():
     config = EngineConfig(model="m", adapter_dir=Path("a b/ü"), kv_cache_memory=5, dtype="float32")
-    order = LaunchOrder("x:y", config, "ipc://a", "ipc://b", 1)
+    order = LaunchOrder("x:y", config, "ipc://a", "ipc://b", Path("c d"), 1)
     line = encode_order(order)
     assert line.count(b"\n") == 1
     assert decode_order(line) == order
@@ -209,7 +231,12 @@ def launch(
         started.append(process)
         config = EngineConfig(model=model, adapter_dir=Path("x"))
         order = LaunchOrder(
-            "fake_engine:build", config, parent.to_engine, parent.from_engine, os.getpid()
+            "fake_engine:build",
+            config,
+            parent.to_engine,
+            parent.from_engine,
+            parent.record_path,
+            os.getpid(),
         )
         assert process.stdin is not None
         process.stdin.write(encode_order(order))

@@ -27,6 +27,7 @@ from loraplex.engine.api import (
     TokenLogprobs,
 )
 from loraplex.engine.errors import AdapterInUse, EngineDead, EngineError
+from loraplex.engine.recovery import Supervision
 from loraplex.engine.stream import Stream, TextChunk
 from loraplex.engine.tokenizer import Tokenizer
 
@@ -130,6 +131,7 @@ class FakeEngine:
             self.loaded.set()
         self.alive = True
         self.failure: str | None = None
+        self.supervision = Supervision()
         self.start_error: Exception | None = None
         self.started = False
         self.stopped = False
