@@ -109,6 +109,10 @@ class ServerPeer:
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"}
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Raises: PeerError when the server exits or is not ready in time."""
         deadline = time.monotonic() + timeout_s
