@@ -317,6 +317,7 @@ async def test_bodies_too_large(start: Any) -> None:
             for status, code in (
                 (404, "adapter_deleted"),
                 (409, "adapter_no_room"),
+                (409, "adapter_quarantined"),
                 (422, "adapter_too_large"),
                 (422, "base_model_mismatch"),
                 (500, "adapter_corrupt"),
@@ -326,6 +327,11 @@ async def test_bodies_too_large(start: Any) -> None:
         ),
         (AdapterInUse("unpin it first", code="adapter_pinned"), 409, "adapter_pinned"),
         (AdapterInUse("three requests run on it"), 409, "adapter_in_use"),
+        (
+            EngineError("the engine died 3 times", code="request_kills_engine"),
+            500,
+            "request_kills_engine",
+        ),
         (QueueFull("4096 requests wait already"), 429, "queue_full"),
         (EngineDead("the engine is restarting"), 503, "engine_unavailable"),
         (ModelError("this model cannot be served"), 500, "model_unsupported"),

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.engine.api import AdapterEvent, AdapterState, Stats
+from loraplex.engine.recovery import Supervision
 from loraplex.platform import telemetry
 from loraplex.platform.adapter_series import AdapterSeries
 from loraplex.platform.histogram import Histogram
@@ -273,3 +274,12 @@ async def test_an_idle_server_does_nothing(server: Any) -> None:
     before = server.runtime.usage
     await asyncio.sleep(0)
     assert not before._dirty.is_set()
+
+
+async def test_restarts_and_resumed_requests_are_counted(server: Any) -> None:
+    server.engine.supervision = Supervision(3, 40, {"d" * 64: "two requests killed engines"})
+    text = (await server.http.get("/metrics")).text
+    labels = '{engine="0",model_name="tiny"}'
+    assert f"loraplex:engine_restarts_total{labels} 3.0" in text
+    assert f"loraplex:requests_resumed_total{labels} 40.0" in text
+    assert f"loraplex:adapters_quarantined{labels} 1.0" in text
