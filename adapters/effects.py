@@ -51,6 +51,11 @@ def resolve(config: AdapterConfig, modules: Sequence[ModuleShape]) -> Effects:
         loras = config.resolve(modules, lambda path: any(hit(path) for hit in excluded), more)
     except AdapterRefused as refused:
         problems += refused.problems
+    if beyond := sorted(m.path for m in modules if m.kind == "qk_norm" and m.path in saved):
+        message = (
+            f"modules_to_save selects {beyond[0]}; norms of queries and keys cannot be replaced"
+        )
+        problems.append(_unsupported(message))
     for path in sorted(saved & loras.keys()):
         problems.append(_conflict(path, "is in modules_to_save and has LoRA"))
     for path in {EMBEDDING, HEAD} & loras.keys():

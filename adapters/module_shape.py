@@ -19,7 +19,7 @@ class ModuleShape(Protocol):
     @property
     def out_features(self) -> int: ...
     @property
-    def kind(self) -> str: ...  # linear (of a layer) | norm | embedding | head
+    def kind(self) -> str: ...  # linear (of a layer) | norm | qk_norm | embedding | head
     @property
     def bias(self) -> bool: ...
     @property

@@ -89,7 +89,8 @@ def expected_shape(part: Part, module: ModuleShape) -> Shape | None:
         return ("rank", inputs) if part is Part.A else (outputs, "rank")
     if part in (Part.EMBEDDING_A, Part.EMBEDDING_B) and kind == "embedding":
         return ("rank", inputs) if part is Part.EMBEDDING_A else (outputs, "rank")
-    if part in (Part.B_BIAS, Part.MAGNITUDE) and kind != "norm":
+    norm = kind in ("norm", "qk_norm")
+    if part in (Part.B_BIAS, Part.MAGNITUDE) and not norm:
         return (outputs,)
     if part in _BIASES and module.bias:
         return (outputs,)
@@ -97,7 +98,7 @@ def expected_shape(part: Part, module: ModuleShape) -> Shape | None:
     if part is Part.ROWS and table:
         return ("tokens", outputs if kind == "embedding" else inputs)
     if part in _WEIGHTS and (table or part not in _TABLE_ONLY):
-        if kind == "norm":
+        if norm:
             return (outputs,)
         return (inputs, outputs) if kind == "embedding" else (outputs, inputs)
     return None

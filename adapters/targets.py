@@ -135,7 +135,7 @@ class Targets:
 
 def _takes(module: ModuleShape) -> bool:
     """Whether PEFT puts LoRA around such a module."""
-    return module.kind != "norm"
+    return module.kind not in ("norm", "qk_norm")
 
 
 def _chooser(target: str | tuple[str, ...]) -> Callable[[str], bool]:

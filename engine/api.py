@@ -153,7 +153,9 @@ class ModuleShape(Struct, frozen=True, array_like=True):
     path: str
     in_features: int
     out_features: int
-    kind: str = "linear"  # linear (of a layer) | norm | embedding | head
+    kind: str = (
+        "linear"  # linear (of a layer) | norm (of hidden states) | qk_norm | embedding | head
+    )
     bias: bool = False  # whether the base model's module has one
     parts: tuple[int, ...] = ()  # out_features of the projections that a fused one consists of
     tied: bool = False  # of the head: its weight is the embedding's

@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral, Qwen2 and Qwen3 in one forward pass over a flat token axis.
+"""The decoder: Llama, Mistral, Qwen2, Qwen3 and Phi-3 in one forward pass over a flat token axis.
 
 T tokens of all the step's sequences stand in one row after another; where each belongs is said by
 the batch. Every operation comes from `kernels.ops`, which also adds the adapters' deltas: there is
@@ -124,7 +124,7 @@ def load_decoder(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Decoder:
-    """Read the weights, fusing q/k/v and gate/up layer by layer.
+    """Read the weights layer by layer, fusing q/k/v and gate/up unless they are already.
 
     progress: called with steps done and steps in all.
 
@@ -146,17 +146,22 @@ def load_decoder(
             weight, checkpoint.read_stacked([f"{prefix}{n}.bias" for n in names], dtype, device)
         )
 
+    qkv_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up_names: tuple[str, ...] = ("gate_proj", "up_proj")
+    if config.fused:
+        qkv_names, gate_up_names = ("qkv_proj",), ("gate_up_proj",)
+
     def layer(i: int) -> Layer:
         prefix = f"model.layers.{i}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         last = i + 1 == config.num_layers
         return Layer(
-            qkv=linear(attention, ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
+            qkv=linear(attention, qkv_names, config.qkv_bias),
             q_norm=tensor(attention + "q_norm.weight") if config.qk_norm else None,
             k_norm=tensor(attention + "k_norm.weight") if config.qk_norm else None,
             o=linear(attention, ("o_proj",), config.o_bias),
             post_attention_norm=tensor(prefix + "post_attention_layernorm.weight"),
-            gate_up=linear(mlp, ("gate_proj", "up_proj"), config.mlp_bias),
+            gate_up=linear(mlp, gate_up_names, config.mlp_bias),
             down=linear(mlp, ("down_proj",), config.mlp_bias),
             next_norm=tensor(
                 "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"

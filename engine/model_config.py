@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 # In the order of kernels.ops.Module: the names that adapters use, relative to a layer.
 MODULE_NAMES = (
@@ -36,9 +37,25 @@ MODULE_NAMES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear module of a layer, as the checkpoint has it. parts: the outputs of the modules of
+    `MODULE_NAMES` that it is one of, empty if it is one of them.
+    """
+
+    name: str  # relative to the layer
+    in_features: int
+    out_features: int
+    bias: bool
+    parts: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-family decoder. `sliding_windows`: per layer, None = sees everything before it."""
+    """A Llama-family decoder. `sliding_windows`: per layer, None = sees everything before it.
+
+    fused: the checkpoint holds q, k and v as one projection, gate and up as another.
+    """
 
     architecture: str
     vocab_size: int
@@ -58,6 +75,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     dtype: torch.dtype  # of the checkpoint
+    fused: bool = False
 
     @property
     def q_size(self) -> int:
@@ -97,14 +115,14 @@ class DecoderConfig:
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
             found += [
-                ModuleShape(prefix + name, inputs, outputs, bias=bias)
-                for name, (inputs, outputs), bias in zip(
-                    MODULE_NAMES, self.module_shapes, self.module_biases, strict=True
+                ModuleShape(
+                    prefix + p.name, p.in_features, p.out_features, bias=p.bias, parts=p.parts
                 )
+                for p in self.projections
             ]
-            found += [
-                ModuleShape(prefix + name, size, size, "norm") for name, size in self.norm_sizes
-            ]
+            for name, size in self.norm_sizes:
+                kind = "qk_norm" if name.startswith("self_attn.") else "norm"
+                found.append(ModuleShape(prefix + name, size, size, kind))
         found.append(ModuleShape("model.norm", hidden, hidden, "norm"))
         tied = self.tie_word_embeddings
         digest = embedding_digest if tied else digests.get("lm_head", "")
@@ -113,9 +131,24 @@ class DecoderConfig:
         return found
 
     @property
-    def module_biases(self) -> tuple[bool, ...]:
-        """Whether one layer's modules have biases, in the order of `MODULE_NAMES`."""
-        return (self.qkv_bias,) * 3 + (self.o_bias,) + (self.mlp_bias,) * 3
+    def projections(self) -> list[Projection]:
+        """The linear modules of one layer."""
+        biases = (self.qkv_bias,) * 3 + (self.o_bias,) + (self.mlp_bias,) * 3
+        single = [
+            Projection(name, inputs, outputs, bias)
+            for name, (inputs, outputs), bias in zip(
+                MODULE_NAMES, self.module_shapes, biases, strict=True
+            )
+        ]
+        if not self.fused:
+            return single
+        qkv, gate_up = single[:3], single[4:6]
+        return [
+            _fuse("self_attn.qkv_proj", qkv),
+            single[3],
+            _fuse("mlp.gate_up_proj", gate_up),
+            single[6],
+        ]
 
     @property
     def norm_sizes(self) -> list[tuple[str, int]]:
@@ -141,13 +174,16 @@ class DecoderConfig:
             prefix = f"model.layers.{layer}."
             for name, size in self.norm_sizes:
                 shapes[f"{prefix}{name}.weight"] = (size,)
-            for name, (in_features, out_features), bias in zip(
-                MODULE_NAMES, self.module_shapes, self.module_biases, strict=True
-            ):
-                shapes[f"{prefix}{name}.weight"] = (out_features, in_features)
-                if bias:
-                    shapes[f"{prefix}{name}.bias"] = (out_features,)
+            for p in self.projections:
+                shapes[f"{prefix}{p.name}.weight"] = (p.out_features, p.in_features)
+                if p.bias:
+                    shapes[f"{prefix}{p.name}.bias"] = (p.out_features,)
         return shapes
+
+
+def _fuse(name: str, parts: list[Projection]) -> Projection:
+    sizes = tuple(part.out_features for part in parts)
+    return Projection(name, parts[0].in_features, sum(sizes), parts[0].bias, sizes)
 
 
 def read_model_config(directory: Path) -> DecoderConfig:
@@ -200,6 +236,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         tie_word_embeddings=bool(config.tie_word_embeddings),
         max_position_embeddings=config.max_position_embeddings,
         dtype=_dtype(config),
+        fused=family == "phi3",
     )
 
 

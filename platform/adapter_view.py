@@ -45,6 +45,7 @@ def manifest_summary(manifest: AdapterManifest) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "dtype": manifest.dtype,
         "pages": manifest.pages,
+        "features": list(manifest.features),
         "invocation_tokens": list(manifest.invocation_tokens) or None,
         "warnings": [problem.to_dict() for problem in manifest.warnings],
     }

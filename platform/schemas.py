@@ -81,6 +81,9 @@ class AdapterVersionObject(BaseModel):
     size_bytes: int
     dtype: str
     pages: int
+    features: list[str] = Field(
+        [], description="What it uses beyond A and B of linear modules, such as dora."
+    )
     invocation_tokens: list[int] | None = Field(
         None, description="Of an activated LoRA: token ids that switch it on."
     )

@@ -16,7 +16,7 @@ if not Path("/dev/nvidiactl").exists():
     # Without a GPU the Triton kernels run in their interpreter; read when they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 VOCAB_SIZE = 272  # 256 bytes, the special tokens, and some ids no text has
 
@@ -37,6 +37,14 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24},
     "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "phi3": {"sliding_window": 24},
+}
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
 }
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _ADAPTERS: dict[str, dict[str, Any]] = {
@@ -58,6 +66,18 @@ _ADAPTERS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [0],
     },
 }
+
+
+def _fused(settings: Any) -> Any:
+    """The same adapter for a model with q, k and v in one projection, gate and up in another."""
+    if isinstance(settings, dict):
+        return {_fused(key): _fused(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return sorted({_fused(value) for value in settings})
+    if isinstance(settings, str):
+        head, dot, name = settings.rpartition(".")
+        return head + dot + _FUSED.get(name, name)
+    return settings
 
 
 def _tokenizer() -> Any:
@@ -126,6 +146,8 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dic
         root = tmp_path_factory.mktemp("adapters")
         for seed, (name, settings) in enumerate(_ADAPTERS.items()):
             base = AutoModelForCausalLM.from_pretrained(model)
+            if base.config.model_type == "phi3":
+                settings = _fused(settings)
             adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
             torch.manual_seed(100 + seed)
             with torch.no_grad():

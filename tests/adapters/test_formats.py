@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from loraplex.adapters.digest import values_digest
+from loraplex.adapters.errors import AdapterRefused
+from loraplex.adapters.header import read_header
+from loraplex.adapters.intake import inspect
+from loraplex.adapters.manifest import MANIFEST_FILE
+from loraplex.adapters.weights import load_weights
+from loraplex.engine.model_config import read_model_config
+from loraplex.engine.table_digests import table_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these tests are about
 
@@ -19,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),  # biases of q, k, v
     "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("qwen3", {}),  # tied, norms of q and k
+    "phi3": ("phi3", {}),  # fused projections
 }
 
 # name -> models, settings of LoraConfig, features of the manifest, needs_weight_one
@@ -105,7 +117,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"full_embed_tokens", "full_lm_head"},
     ),
     "saved norms": (
-        "llama qwen3",
+        "llama",
         {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
         {"full_norm"},
     ),
@@ -120,9 +132,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"full_linear"},
     ),
     "saved blocks": (
-        "qwen3",
+        "biased",
         {"target_modules": ["up_proj"], "modules_to_save": ["self_attn"]},
-        {"full_linear", "full_norm"},
+        {"full_linear"},
     ),
     "saved instead of adapted": (
         "llama",
@@ -155,6 +167,26 @@ FORMATS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"],
          "trainable_token_indices": [9, 4]},
         {"token_rows", "full_lm_head"},
+    ),
+    "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}, {"fused_projections"}),
+    "fused, all-linear, dora": (
+        "phi3",
+        {
+            "target_modules": "all-linear",
+            "use_dora": True,
+            "rank_pattern": {"qkv_proj": 20, "o_proj": 2},
+        },
+        {"fused_projections", "dora"},
+    ),
+    "fused, lora_bias": (
+        "phi3",
+        {"target_modules": ["qkv_proj"], "lora_bias": True},
+        {"fused_projections", "lora_bias"},
+    ),
+    "fused, saved": (
+        "phi3",
+        {"target_modules": ["gate_up_proj"], "modules_to_save": ["0.self_attn.qkv_proj"]},
+        {"fused_projections", "full_linear"},
     ),
     "everything": (
         "qwen2",
@@ -223,3 +255,158 @@ def test_what_peft_saves_is_loaded_as_peft_has_it(
     assert manifest.needs_weight_one == bool(features - LINEAR)
     adapted = models.adapted(model, tmp_path)
     peft_effects.assert_same(adapted, models.base(model), loaded)
+
+
+def test_the_comparison_can_fail(models: Models, tmp_path: Path, peft_effects: Any) -> None:
+    """Another adapter of the same format, or one number off, is far outside the tolerance."""
+    for kind, changed in {
+        "dora": "lora_magnitude_vector",
+        "lora_bias": "lora_B.bias",
+        "saved norms": "model.norm.weight",
+        "saved head": "lm_head.weight",
+        "embedding": "lora_embedding_B",
+        "tokens": "trainable_tokens_delta",
+    }.items():
+        folder = tmp_path / kind
+        models.save("llama", folder, FORMATS[kind][1])
+        adapted = models.adapted("llama", folder)
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if changed in name)
+        tensors[name].view(-1)[3] += 0.05
+        save_file(tensors, file)
+        _, loaded = peft_effects.take_in(folder, models.path("llama"))
+        with pytest.raises(AssertionError):
+            peft_effects.assert_same(adapted, models.base("llama"), loaded)
+
+
+# --- the base model's own tables, which PEFT writes along ---------------------------------------
+
+COPIES: dict[str, dict[str, Any]] = {
+    "no table is adapted": {"target_modules": ["q_proj"]},
+    "the head is": {"target_modules": ["q_proj", "lm_head"]},
+    "the embedding is": {"target_modules": ["q_proj", "embed_tokens"]},
+    "the head is saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "the embedding is saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens are": {"target_modules": ["q_proj"], "trainable_token_indices": [8, 2]},
+}
+
+
+@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_base_table_is_dropped_if_it_is_the_models_own_and_kept_if_not(
+    kind: str, model: str, models: Models, tmp_path: Path, peft_effects: Any
+) -> None:
+    models.save(model, tmp_path, COPIES[kind], save_embedding_layers=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    manifest, loaded = peft_effects.take_in(tmp_path, models.path(model))
+    peft_effects.assert_same(models.adapted(model, tmp_path), models.base(model), loaded)
+    assert manifest.base_tables
+    saved = {f"full_{name}" for name in COPIES[kind].get("modules_to_save", ())}
+    assert {name for name in manifest.features if name.startswith("full_")} == saved
+
+    copies = [n for n in tensors if "lora" not in n and tensors[n].shape == (272, 64)]
+    assert copies
+    for name in copies:
+        changed = {**tensors, name: tensors[name] + 0.5}
+        save_file(changed, file)
+        manifest, loaded = peft_effects.take_in(tmp_path, models.path(model))
+        peft_effects.assert_same(models.adapted(model, tmp_path), models.base(model), loaded)
+
+
+def test_a_base_table_is_kept_where_the_models_own_is_not_known(
+    models: Models, tmp_path: Path
+) -> None:
+    models.save("llama", tmp_path, {"target_modules": ["lm_head"]})
+    modules = read_model_config(models.path("llama")).modules()
+    assert inspect(tmp_path, modules).features == ("lm_head_lora", "full_lm_head")
+
+
+def test_a_dropped_table_ties_the_adapter_to_the_model_it_is_a_copy_of(
+    models: Models, tmp_path: Path, peft_effects: Any
+) -> None:
+    models.save("llama", tmp_path, {"target_modules": ["lm_head"]})
+    modules = peft_effects.modules_of(models.path("llama"))
+    manifest = inspect(tmp_path, modules)
+    assert manifest.features == ("lm_head_lora",)
+    assert manifest.mismatches(modules) == []
+    others = read_model_config(models.path("llama")).modules({"lm_head": "0123"})
+    assert [p.code for p in manifest.mismatches(others)] == ["base_model_mismatch"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_table_has_one_digest_in_every_type_that_holds_it(dtype: str, tmp_path: Path) -> None:
+    table = torch.randn(3000, 7, generator=torch.Generator().manual_seed(1)).to(
+        getattr(torch, dtype)
+    )
+    digest = table_digest(table)
+    assert digest == table_digest(table.float())
+    assert digest != table_digest(table.float() + 1e-3)
+    for stored in (table, table.float()):
+        save_file({"t": stored}, tmp_path / "t.safetensors")
+        info = read_header(tmp_path / "t.safetensors").tensors["t"]
+        assert values_digest(tmp_path / "t.safetensors", info) == digest
+
+
+# --- what PEFT itself cannot do, or nobody can serve yet ----------------------------------------
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "norms of q and k": ("qwen3", {"modules_to_save": ["norm"]}, "feature_unsupported"),
+    "tokens of the head": (
+        "llama",
+        {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}},
+        "feature_unsupported",
+    ),
+    "other tokens of the head": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+        "feature_unsupported",
+    ),
+    "dora of the head": (
+        "llama",
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        "feature_unsupported",
+    ),
+    "lora_bias of the head": (
+        "llama",
+        {"target_modules": ["q_proj", "lm_head"], "lora_bias": True},
+        "feature_unsupported",
+    ),
+    "a saved head under trained tokens": (
+        "tied",
+        {"modules_to_save": ["lm_head"], "trainable_token_indices": [1]},
+        "module_conflict",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(kind: str, models: Models, tmp_path: Path, peft_effects: Any) -> None:
+    model, settings, code = REFUSED[kind]
+    models.save(model, tmp_path, {"target_modules": ["q_proj"], **settings})
+    with pytest.raises(AdapterRefused) as refused:
+        inspect(tmp_path, peft_effects.modules_of(models.path(model)))
+    assert code in {p.code for p in refused.value.problems}
+
+
+# --- fused projections of a model that has them apart -------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fused", "fused, all-linear, dora", "fused, saved"])
+def test_a_fused_adapter_loads_alike_for_a_model_with_the_parts_apart(
+    kind: str, models: Models, tmp_path: Path, peft_effects: Any
+) -> None:
+    """Phi-3 saved as a Llama: no oracle in PEFT, but the same parts as for Phi-3 itself."""
+    models.save("phi3", tmp_path, FORMATS[kind][1])
+    manifest, fused = peft_effects.take_in(tmp_path, models.path("phi3"))
+    config = dataclasses.replace(read_model_config(models.path("phi3")), fused=False)
+    apart = inspect(tmp_path, config.modules())
+    assert apart.digest == manifest.digest
+    assert apart.modules == manifest.modules
+    assert apart.mismatches(config.modules()) == []
+    (tmp_path / MANIFEST_FILE).write_bytes(apart.to_json())
+    loaded = load_weights(tmp_path, torch.float32)
+    assert loaded.modules.keys() == fused.modules.keys()
+    for key, module in loaded.modules.items():
+        assert torch.equal(module.bt, fused.modules[key].bt)

@@ -24,6 +24,8 @@ TINY: dict[str, Any] = {
 
 
 def make(family: str, **changes: Any) -> Any:
+    if family == "phi3":  # whose own special tokens lie beyond such a vocabulary
+        changes = {"pad_token_id": 0, "eos_token_id": 0, **changes}
     return AutoConfig.for_model(family, **{**TINY, **changes})
 
 
@@ -52,6 +54,31 @@ def make(family: str, **changes: Any) -> Any:
             "longrope",
         ),
         ("llama", {"dtype": "float64"}, "float64"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            "partial_rotary_factor",
+        ),
+        (
+            "phi3",
+            {
+                "max_position_embeddings": 128,
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "long_factor": [1.0] * 8,
+                    "short_factor": [1.0] * 8,
+                },
+            },
+            "longrope",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(family: str, changes: dict[str, Any], named: str) -> None:
@@ -69,6 +96,11 @@ def test_features_of_the_families() -> None:
     assert (qwen2.qkv_bias, qwen2.o_bias) == (True, False)
     assert qwen2.sliding_windows == (None, None, None, 8)
     assert decoder_config(make("mistral", sliding_window=7)).sliding_windows == (7,) * 4
+    phi3 = decoder_config(make("phi3", sliding_window=9))
+    assert phi3.sliding_windows == (9,) * 4
+    qkv = phi3.modules()[1]
+    assert (qkv.path, qkv.parts) == ("model.layers.0.self_attn.qkv_proj", (64, 32, 32))
+    assert phi3.tensor_shapes()["model.layers.3.mlp.gate_up_proj.weight"] == (192, 64)
     qwen3 = decoder_config(make("qwen3", head_dim=32))
     assert qwen3.qk_norm
     assert (qwen3.head_dim, qwen3.q_size) == (32, 128)

@@ -10,7 +10,7 @@ import torch
 
 from loraplex.engine.api import AdapterUse
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 BACKENDS = ("torch", "native")
 # fp32 on both sides; what remains is the order of summation over three layers (logits of size ~5).
 TOLERANCE: dict[str, float] = {"rtol": 1e-4, "atol": 3e-4}

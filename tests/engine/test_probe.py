@@ -26,7 +26,7 @@ def probe(bench: Any, loaded: LoadedAdapter) -> AdapterProbe:
     return prober.compare(loaded, prober.run_paged(loaded.digest))
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 BLOCK_SIZE = 16
 
 

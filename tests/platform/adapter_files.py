@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 import tarfile
 import zipfile
@@ -25,16 +26,19 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def weights(modules: list[ModuleShape], *, rank: int = 4, fill: float = 0.5) -> bytes:
+def weights(
+    modules: list[ModuleShape], *, rank: int = 4, fill: float = 0.5, dora: bool = False
+) -> bytes:
     header: dict[str, Any] = {}
     data = b""
     for module in modules:
         for factor, shape in (
-            ("lora_A", [rank, module.in_features]),
-            ("lora_B", [module.out_features, rank]),
-        ):
-            raw = struct.pack("<f", fill) * (shape[0] * shape[1])
-            header[f"base_model.model.{module.path}.{factor}.weight"] = {
+            ("lora_A.weight", [rank, module.in_features]),
+            ("lora_B.weight", [module.out_features, rank]),
+            ("lora_magnitude_vector", [module.out_features]),
+        )[: 3 if dora else 2]:
+            raw = struct.pack("<f", fill) * math.prod(shape)
+            header[f"base_model.model.{module.path}.{factor}"] = {
                 "dtype": "F32",
                 "shape": shape,
                 "data_offsets": [len(data), len(data) + len(raw)],

@@ -44,6 +44,22 @@ async def test_an_archive_is_the_same_adapter_as_its_files(
     assert answer.json()["digest"] == (await server.upload("plain"))["digest"]
 
 
+async def test_an_adapter_object_names_what_it_uses(
+    server: Any, adapter_files_module: Any, fake_engine_module: Any
+) -> None:
+    assert (await server.upload("plain"))["features"] == []
+    files, modules = adapter_files_module, fake_engine_module.model_info().modules
+    archive = files.zipped(
+        json.dumps(files.config(use_dora=True)).encode(), files.weights(modules, dora=True)
+    )
+    answer = await server.http.post(
+        "/v1/adapters", data={"name": "dora"}, files={"archive": ("a.zip", archive)}
+    )
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["features"] == ["dora"]
+    assert (await server.http.get("/v1/adapters/dora")).json()["features"] == ["dora"]
+
+
 async def test_the_same_content_again_is_200_and_no_new_version(
     server: Any, upload_parts: Callable[..., Any]
 ) -> None:
