@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 from loraplex.engine.activation import activation_spans, activation_start
-from loraplex.engine.api import AdapterUse
+from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
+from loraplex.engine.sequence import Sequence
 
 few = st.integers(0, 2)  # so that parts of the wanted tokens come up often
 
@@ -63,3 +64,26 @@ def test_members_of_a_composition_begin_each_at_its_own_place() -> None:
     assert activation_spans((first,), [4, 1], {"x": (4,)}) == ((0, (first,)),)
     assert activation_spans((never,), [4, 1], {"z": (9,)}) == ((0, ()),)
     assert activation_spans((), [4, 1], {}) == ((0, ()),)
+
+
+def test_what_was_generated_does_not_move_it() -> None:
+    """Neither here nor in an engine that takes over from one that died."""
+    request = GenerationRequest(
+        request_id="r",
+        prompt_token_ids=[1, 7, 8, 2],
+        output_token_ids=[7, 8, 3],
+        sampling=SamplingParams(),
+        adapters=(AdapterUse("x"),),
+    )
+    seq = Sequence.from_request(
+        request,
+        seq_id=0,
+        arrival_time=0.0,
+        max_model_len=100,
+        eos_token_ids=frozenset(),
+        seed=0,
+        invocations={"x": (7, 8)},
+    )
+    assert seq.token_ids == [1, 7, 8, 2, 7, 8, 3]
+    assert seq.spans == ((0, ()), (1, (AdapterUse("x"),)))
+    assert seq.not_invoked == []
