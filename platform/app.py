@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
@@ -33,9 +34,11 @@ from loraplex.platform.body_limit import BodyLimitMiddleware
 from loraplex.platform.db import Database
 from loraplex.platform.embeddings import EmbeddingService
 from loraplex.platform.engine_port import EnginePort
+from loraplex.platform.envelope import EnvelopeMiddleware, envelope_headers
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService
 from loraplex.platform.keys import KeyRing
+from loraplex.platform.lifetimes import Lifetimes
 from loraplex.platform.limits import Admission
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
@@ -125,6 +128,7 @@ def create_app(
             store=store,
             keys=keys,
             admission=admission,
+            lifetimes=Lifetimes(settings.request_timeout_s, settings.stall_timeout_s),
             tenants=TenantService(db, keys.forget),
             resolver=resolver,
             adapters=service,
@@ -170,6 +174,8 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
         middleware=[
+            *_cors(settings.cors_origins),
+            Middleware(EnvelopeMiddleware),
             Middleware(AuthMiddleware),
             Middleware(AdmissionMiddleware),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
@@ -189,6 +195,22 @@ def create_app(
     ):
         app.include_router(routes.router)
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Browsers' pages of these origins may call; nobody's unless told."""
+    if not origins:
+        return []
+    exposed = ["x-request-id", "x-adapter-version", "x-adapter-digest", "retry-after"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-tenant", "x-sticky-key"],
+            expose_headers=exposed,
+        )
+    ]
 
 
 async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> None:
@@ -316,7 +338,11 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """Our bug. The log has the traceback (the server writes it), the client only this."""
-    return _respond(500, "internal_error", "an internal error; the server's log has the details")
+    answer = _respond(500, "internal_error", "an internal error; the server's log has the details")
+    answer.headers.update(
+        envelope_headers(request.url.path, getattr(request.state, "request_id", "-"))
+    )
+    return answer
 
 
 _HANDLERS: dict[int | type[Exception], Any] = {

@@ -41,6 +41,7 @@ STATUS: Mapping[str, int] = {
     "pull_under_way": 409,
     "rollback_impossible": 409,
     "version_has_alias": 409,
+    "body_timeout": 408,
     "content_too_large": 413,
     "unsupported_media_type": 415,
     "adapter_refused": 422,
@@ -57,7 +58,10 @@ STATUS: Mapping[str, int] = {
     "probe_failed": 500,
     "request_kills_engine": 500,
     "source_failed": 502,
+    "headers_too_large": 431,
     "storage_full": 507,
+    "server_stopping": 503,
+    "request_timeout": 504,
     "adapter_load_failed": 503,
     "adapter_load_timeout": 503,
     "engine_unavailable": 503,
@@ -78,6 +82,7 @@ _CODE_OF_STATUS = {
     403: "permission_denied",
     404: "not_found",
     405: "method_not_allowed",
+    408: "body_timeout",
     413: "content_too_large",
     415: "unsupported_media_type",
 }
@@ -168,6 +173,8 @@ def body(
 
 def headers(status: int, code: str) -> dict[str, str]:
     """Retry-After where a retry can help; the challenge that a 401 must carry."""
+    if status == 408:
+        return {"connection": "close"}  # the rest of the request may still come
     if status in (429, 503):
         return {"retry-after": str(RETRY_AFTER_S.get(code, 1))}
     return {"www-authenticate": "Bearer"} if status == 401 else {}

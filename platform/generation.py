@@ -25,6 +25,8 @@ class TextOptions:
     keep_empty: bool = False  # report tokens that complete no text yet: more than text is wanted
 
 
+MAX_QUEUED = 64
+
 Delta = tuple[int, TextChunk]  # news of choice i; its last has a `finish_reason`
 
 
@@ -134,16 +136,17 @@ class Generation:
                     yield choice.index, chunk
 
     async def _follow_all(self) -> AsyncGenerator[Delta, None]:
-        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        # Bounded: whoever reads slowly finds each sequence's news gathered, not queued up.
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(MAX_QUEUED)
 
         async def run(choice: Choice) -> None:
             try:
                 async with self._places:
                     async for delta in self._follow(choice):
-                        queue.put_nowait(delta)
-                queue.put_nowait(None)
+                        await queue.put(delta)
+                await queue.put(None)
             except Exception as error:
-                queue.put_nowait(error)
+                await queue.put(error)
 
         tasks = [asyncio.create_task(run(choice)) for choice in self.choices]
         try:

@@ -97,7 +97,9 @@ class RequestMetrics:
         log.info(
             "request",
             extra={
-                "request_id": prepared.answer.id,
+                "answer_id": prepared.answer.id,
+                "tenant": prepared.caller.billed,
+                "key": prepared.caller.key_id or None,
                 "adapter": "+".join(a.reference for a, _ in prepared.composition.members),
                 "stream": prepared.stream,
                 "choices": len(generation.choices),

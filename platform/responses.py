@@ -8,6 +8,7 @@ plain error with its own status; once a stream has begun, an error is an event a
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -19,15 +20,22 @@ from loraplex.engine.errors import EngineError
 from loraplex.platform import errors
 from loraplex.platform.embeddings import VectorForm, written
 from loraplex.platform.inference import Prepared
+from loraplex.platform.lifetimes import ClientStalled, Lifetimes
 from loraplex.platform.openai_format import Collected, StreamWriter, encode, whole
 
+log = logging.getLogger(__name__)
+
 OnEnd = Callable[[Prepared, str], None]
+
+ABORT = "loraplex.abort"  # ASGI extension: a function that drops the connection at once
 
 
 class GenerationResponse(Response):
     """Runs one prepared generation. `on_end` hears exactly once how it ended: a finish reason,
     "abort" or "error".
     """
+
+    _lifetimes: Lifetimes
 
     def __init__(self, prepared: Prepared, on_end: OnEnd) -> None:
         super().__init__()
@@ -40,10 +48,15 @@ class GenerationResponse(Response):
             generation = self._prepared.generation
             lease.begin(self._prepared.answer.id, generation.num_prompt_tokens)
             generation.on_tokens = lease.charge
-        run = self._stream if self._prepared.stream else self._whole
+        self._lifetimes = scope["app"].state.runtime.lifetimes
+        send = self._lifetimes.guarded(send)
+        work = self._stream(send) if self._prepared.stream else self._limited(self._whole(send))
         outcome = "abort"
         try:
-            outcome = await _unless_disconnected(receive, run(send)) or "abort"
+            outcome = await _unless_disconnected(receive, work) or "abort"
+        except ClientStalled:
+            log.warning("client_stalled", extra={"answer_id": self._prepared.answer.id})
+            await _hang_up(scope)
         except EngineError as error:
             outcome = "error"
             # The error's own response says as well which weights it was about, and which field.
@@ -54,6 +67,10 @@ class GenerationResponse(Response):
             raise
         finally:
             self._on_end(self._prepared, outcome)
+
+    async def _limited(self, work: Coroutine[Any, Any, str]) -> str:
+        async with self._lifetimes.limited():
+            return await work
 
     async def _whole(self, send: Send) -> str:
         prepared = self._prepared
@@ -75,15 +92,16 @@ class GenerationResponse(Response):
         running = len(prepared.generation.choices)
         async with aclosing(prepared.generation.deltas()) as deltas:
             try:
-                async for index, chunk in deltas:
-                    if not begun:
-                        begun = True
-                        await send(self._start(b"text/event-stream; charset=utf-8"))
-                    body = writer.chunk(index, chunk)
-                    running -= chunk.finish_reason is not None
-                    if not running:
-                        break
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                async with self._lifetimes.limited():
+                    async for index, chunk in deltas:
+                        if not begun:
+                            begun = True
+                            await send(self._start(b"text/event-stream; charset=utf-8"))
+                        body = writer.chunk(index, chunk)
+                        running -= chunk.finish_reason is not None
+                        if not running:
+                            break
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
             except EngineError as error:
                 if not begun:
                     raise
@@ -133,6 +151,14 @@ class EmbeddingResponse(GenerationResponse):
         await send(self._start(b"application/json", len(answer)))
         await send({"type": "http.response.body", "body": answer})
         return self._finish_reason()
+
+
+async def _hang_up(scope: Scope) -> None:
+    """Close a connection whose send buffer is full, where the server lets us (`http_protocol`)."""
+    abort = scope.get("extensions", {}).get(ABORT)
+    if abort is not None:
+        abort()
+        await asyncio.sleep(0)
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, str]) -> str | None:

@@ -20,6 +20,7 @@ from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.inference import InferenceService, Prepared
 from loraplex.platform.keys import KeyRing
+from loraplex.platform.lifetimes import Lifetimes
 from loraplex.platform.limits import Admission
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.request_metrics import RequestMetrics
@@ -44,6 +45,7 @@ class Runtime:
     store: AdapterStore
     keys: KeyRing
     admission: Admission
+    lifetimes: Lifetimes
     tenants: TenantService
     resolver: Resolver
     adapters: AdapterService
@@ -68,13 +70,20 @@ class Runtime:
         return self.start_failure or self.engine.failure
 
     @property
+    def told_failure(self) -> str:
+        """The same for clients: it may name files, which is nothing for strangers."""
+        return "the server's log says why" if self.keys.required else self.failure or ""
+
+    @property
     def ready(self) -> bool:
         return self.model is not None and self.engine.ready
 
     def served_model(self) -> ServedModel:
         """Raises: ApiError(model_loading | engine_unavailable), both with Retry-After."""
         if self.failure is not None:
-            raise ApiError("engine_unavailable", f"the engine is down for good: {self.failure}")
+            raise ApiError(
+                "engine_unavailable", f"the engine is down for good: {self.told_failure}"
+            )
         if self.model is None:
             raise ApiError("model_loading", "the model is still loading; GET /readyz tells when")
         if not self.engine.ready:

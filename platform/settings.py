@@ -165,6 +165,24 @@ class Settings(BaseSettings):
         32 * 1024**2, description="Largest body of any other request, such as 32MiB."
     )
 
+    request_timeout_s: float = Field(
+        600, gt=0, description="Longest time for one inference request, in seconds."
+    )
+    stall_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="How long a client may read nothing of its answer before it is cut off, in "
+        "seconds.",
+    )
+    shutdown_timeout_s: float = Field(
+        10, ge=0, description="How long running requests may go on after SIGTERM, in seconds."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origin whose pages may call from a browser, such as https://app.example.org; "
+        "may be given several times. None: no page may.",
+    )
+
     # where adapters may be pulled from
     source_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -205,12 +223,22 @@ class Settings(BaseSettings):
         "text", description="Log lines for people (text) or for machines (json)."
     )
 
-    @field_validator("api_key", "source_hosts", "source_buckets", "source_dirs", mode="before")
+    @field_validator(
+        "api_key", "cors_origins", "source_hosts", "source_buckets", "source_dirs", mode="before"
+    )
     @classmethod
     def _split_lists(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
         return tuple(part for part in value if part)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[^\s/?#@*]+", origin):
+                raise ValueError(f"{origin!r} is not an origin such as https://app.example.org")
+        return value
 
     @field_validator("source_hosts")
     @classmethod

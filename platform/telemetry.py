@@ -9,13 +9,16 @@ import json
 import logging
 from typing import Any, Literal
 
+from loraplex.platform.envelope import REQUEST_ID
+
 _PLAIN_FIELDS = frozenset(
     {*logging.LogRecord("", 0, "", 0, "", (), None).__dict__, "message", "asctime", "taskName"}
 )
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    return {
+    request_id = REQUEST_ID.get()
+    return ({} if request_id is None else {"request_id": request_id}) | {
         key: value
         for key, value in record.__dict__.items()
         if key not in _PLAIN_FIELDS and key != "color_message" and value is not None

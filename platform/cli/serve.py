@@ -6,6 +6,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from loraplex.engine.api import MemoryInfo
 from loraplex.engine.client import EngineClient
 from loraplex.platform.app import create_app
 from loraplex.platform.cli import output
+from loraplex.platform.cli.http_protocol import BoundedProtocol
 from loraplex.platform.cli.loading import LoadingBar
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.registry import registry_has_keys
@@ -32,9 +34,9 @@ from loraplex.platform.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
 
-# Running streams get this long to end after SIGTERM or Ctrl-C.
-GRACE_S = 10
 POLL_S = 0.05
+DEAD_PEER_MS = 120_000  # of unacknowledged data, also to a peer whose window stays closed
+LAST_WORDS_S = 3.0  # for streams to say that the server stops, behind the grace they get
 
 AfterReady = Callable[[str], bool]
 
@@ -91,6 +93,25 @@ def run(settings: Settings, after_ready: AfterReady | None = None) -> None:
             runner.run(_Serving(settings, listener, after_ready).run())
 
 
+class _Server(uvicorn.Server):
+    """Ends streams that outlast the grace with an event that says so, before they are cut."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopper = asyncio.create_task(self._end_streams())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            stopper.cancel()
+
+    async def _end_streams(self) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI), "we serve our own application"
+        runtime: Runtime | None = getattr(app.state, "runtime", None)
+        if runtime is not None:
+            await asyncio.sleep(runtime.settings.shutdown_timeout_s)
+            runtime.lifetimes.stop()
+
+
 class _Serving:
     def __init__(
         self, settings: Settings, listener: socket.socket, after_ready: AfterReady | None
@@ -104,14 +125,16 @@ class _Serving:
         self.loading = LoadingBar()
         engine = EngineClient(settings.engine_config(), on_progress=self.loading.update)
         self.app: FastAPI = create_app(settings, engine, on_engine_failed=self._engine_failed)
-        self.server = uvicorn.Server(
+        self.server = _Server(
             uvicorn.Config(
                 self.app,
-                http="httptools",
+                http=BoundedProtocol,
+                ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=GRACE_S,
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s + LAST_WORDS_S),
             )
         )
 
@@ -198,6 +221,8 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of the connections too: who is gone is given up
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_MS)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -37,7 +37,7 @@ async def readyz(state: State) -> JSONResponse:
     if state.ready:
         return JSONResponse({"status": "ready"})
     if state.failure is not None:
-        return JSONResponse({"status": "failed", "reason": state.failure}, 503)
+        return JSONResponse({"status": "failed", "reason": state.told_failure}, 503)
     status = "loading" if state.model is None else "engine restarting"
     return JSONResponse({"status": status}, 503, headers={"retry-after": "1"})
 

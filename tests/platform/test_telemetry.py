@@ -231,7 +231,7 @@ async def test_one_json_line_per_request_without_its_text(server: Any, captured:
     (line,) = (line for line in lines if line["event"] == "request")
     assert (line["adapter"], line["prompt_tokens"], line["output_tokens"]) == ("sql@1", 16, 4)
     assert (line["outcome"], line["level"]) == ("length", "info")
-    assert line["request_id"].startswith("cmpl-")
+    assert line["answer_id"].startswith("cmpl-")
     assert "secret" not in out.getvalue()
 
 
