@@ -74,18 +74,22 @@ class WantFailed:
 
 
 class Books:
-    """`device_bytes_total` and `host_bytes_total` bound what the loader holds."""
+    """`device_bytes_total` and `host_bytes_total` bound what the loader holds; the former may grow
+    up to `device_bytes_max` where memory is shared with the KV cache.
+    """
 
     def __init__(
         self,
         loader: Loader,
         *,
         device_bytes_total: int,
+        device_bytes_max: int,
         host_bytes_total: int,
         on_transition: OnTransition | None,
         clock: Callable[[], float],
     ) -> None:
         self.device_bytes_total = device_bytes_total
+        self.device_bytes_max = device_bytes_max
         self.host_bytes_total = host_bytes_total
         self.device_bytes_used = 0
         self.host_bytes_used = 0
@@ -317,6 +321,7 @@ class Books:
         ]
         host = sum(r.size.host_bytes for r in host_images)
         assert device == self.device_bytes_used <= self.device_bytes_total, "device bytes"
+        assert self.device_bytes_total <= self.device_bytes_max, "device bytes exceed the most"
         assert host == self.host_bytes_used, "host bytes"
         assert host <= self.host_bytes_total or len(host_images) <= 1, (
             "host bytes exceed the budget"

@@ -7,9 +7,12 @@ The rules, in the order of the queue of wants:
   for a "slot";
 * among what may go, the unwanted go before the latest wanted, then what is worth least
   (`eviction.py`), then the longest unused;
+* where memory is shared with the KV cache, what holds nothing there is taken before anything is
+  evicted, and what has not been used there for longer than the adapter whose turn it would be to go
+  is taken before that one;
 * a want that waits for room longer than `patience_s` starts to drain unpinned adapters that
   others keep busy: no new sequence may start on those, so their last running one frees the room.
-  Nobody starves.
+  If all adapters together do not have the room, the KV cache empties some of its. Nobody starves.
 
 Host images stay after the copy to the device while `host_bytes_total` allows, so a later load
 skips the file. One image may always exist, else nothing could be loaded at all with a host budget
@@ -24,7 +27,7 @@ from collections.abc import Callable
 
 from loraplex.adapters.books import LOADING, Books, Rank, Resident
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.residency import AdapterState, Stage
+from loraplex.adapters.residency import AdapterState, Lender, NoLender, Stage
 
 _MAX_LOADS = 2  # per stage: one runs, one is ready to; later ranks are not committed early
 
@@ -33,6 +36,7 @@ class LoadPlanner:
     def __init__(self, books: Books, patience_s: float) -> None:
         self._books = books
         self._patience_s = patience_s
+        self.lender: Lender = NoLender()
         self._again_at = float("inf")  # clock; when a wait for room has lasted long enough
 
     def plan(self) -> None:
@@ -53,6 +57,8 @@ class LoadPlanner:
                 host_is_open = self._begin_host_load(resident, rank)
             if not (device_is_open or host_is_open):
                 break
+        if device_is_open:
+            self.lender.enough()
 
     def trim_host(self) -> None:
         """Drop images, no longer needed for a load, until the budget is kept."""
@@ -63,19 +69,19 @@ class LoadPlanner:
         books = self._books
         need = sum(resident.size.device_bytes for resident in wanted.values())
         names = ", ".join(wanted)
-        if need > books.device_bytes_total:
+        if need > books.device_bytes_max:
             return AdapterError(
                 f"adapter {names} needs {need} bytes on the device (rank "
                 f"{'+'.join(str(r.size.rank) for r in wanted.values())}), more than the "
-                f"{books.device_bytes_total} bytes of adapter memory; raise --adapter-memory",
+                f"{books.device_bytes_max} bytes of adapter memory; raise --adapter-memory",
                 code="adapter_too_large",
             )
         pinned = [r for d, r in books.residents.items() if r.pinned and d not in wanted]
         pinned_bytes = sum(resident.size.device_bytes for resident in pinned)
-        if need + pinned_bytes > books.device_bytes_total:
+        if need + pinned_bytes > books.device_bytes_max:
             return AdapterError(
                 f"adapter {names} needs {need} bytes on the device, but {len(pinned)} pinned "
-                f"adapters hold {pinned_bytes} of {books.device_bytes_total} bytes; unpin one or "
+                f"adapters hold {pinned_bytes} of {books.device_bytes_max} bytes; unpin one or "
                 "raise --adapter-memory",
                 code="adapter_no_room",
             )
@@ -129,6 +135,8 @@ class LoadPlanner:
             if busy.running and _may_leave_device(busy, rank, although_busy=True):
                 missing -= busy.size.device_bytes
                 books.change(busy, AdapterState.DRAINING, f"makes room for {resident.digest}")
+        if missing > 0:
+            self.lender.insist(missing)
 
     # --- inside: room ---------------------------------------------------------------------------
 
@@ -137,17 +145,26 @@ class LoadPlanner:
         return books.device_bytes_used + resident.size.device_bytes - books.device_bytes_total
 
     def _make_device_room(self, resident: Resident, rank: Rank) -> bool:
-        missing = self._missing_on_device(resident)
+        """Evict and borrow until it fits; nothing is evicted if it will not. False: not yet."""
+        lender = self.lender
+        missing = self._missing_on_device(resident) - lender.bytes_coming
+        if missing > 0:
+            lender.lend(missing)
+        leavers = [r for r in self._books.residents.values() if _may_leave_device(r, rank)]
+        leavers.sort(key=self._least_useful_on(Stage.DEVICE), reverse=True)
         victims: list[Resident] = []
-        if missing > 0:
-            leavers = [r for r in self._books.residents.values() if _may_leave_device(r, rank)]
-            for victim in sorted(leavers, key=self._least_useful_on(Stage.DEVICE)):
-                victims.append(victim)
-                missing -= victim.size.device_bytes
-                if missing <= 0:
-                    break
-        if missing > 0:
-            return False
+        freed = 0
+        while (missing := self._missing_on_device(resident) - freed - lender.bytes_coming) > 0:
+            total, coming = self._books.device_bytes_total, lender.bytes_coming
+            lender.lend(missing, leavers[-1].last_used_at if leavers else self._books.clock())
+            if (total, coming) != (self._books.device_bytes_total, lender.bytes_coming):
+                continue
+            if not leavers:
+                return False
+            victims.append(leavers.pop())
+            freed += victims[-1].size.device_bytes
+        if self._missing_on_device(resident) > freed:
+            return False  # some of it is on its way
         for victim in victims:
             self._books.drop_device(victim, f"makes room for {resident.digest}", "room")
         return True
@@ -186,6 +203,11 @@ def _may_leave_device(r: Resident, rank: Rank, *, although_busy: bool = False) -
         and (although_busy or r.running == 0)
         and not (r.wants and r.wants[0] <= rank)
     )
+
+
+def is_idle(r: Resident) -> bool:
+    """On the device, and nobody would miss it now."""
+    return r.state is AdapterState.DEVICE and not (r.pinned or r.running or r.wants)
 
 
 def _may_leave_host(r: Resident, rank: Rank | None) -> bool:

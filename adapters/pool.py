@@ -1,8 +1,8 @@
 """Device memory of the resident adapters: which frames and pages are whose, and the page tables.
 
 The tables say where each tile lies; `kernels.ops.PageTables` is made of the same tensors. How an
-adapter is cut into tiles is `page_layout.py`'s, how its bytes travel `transport.py`'s. This module
-knows nothing about files, requests or kernels.
+adapter is cut into tiles is `page_layout.py`'s, who holds which frames `frames.py`'s, how its bytes
+travel `transport.py`'s. This module knows nothing about files, requests or kernels.
 
 Threads: `copy` may run in a loader thread, since nobody reads frames that are not published;
 everything else belongs to the engine's thread, between steps.
@@ -11,6 +11,7 @@ everything else belongs to the engine's thread, between steps.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.frames import Frames
 from loraplex.adapters.page_image import PageImage, build_image, plain_frames
 from loraplex.adapters.page_layout import (
     PAGE_RANKS,
@@ -42,8 +44,22 @@ class _Resident:
     published: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class SharedArena:
+    """Address space for frames whose memory is traded with the KV cache by superblocks; a
+    superblock begins at a multiple of `superblock_bytes` and ends with what holds no frame.
+
+    memory: `[num_superblocks * superblock_bytes]` uint8; behind the first `num_owned` is memory.
+    """
+
+    memory: Tensor
+    superblock_bytes: int
+    num_owned: int
+
+
 class PagePool:
     """module_shapes: (in_features, out_features) of the modules of a layer, in table order.
+    shared: instead of an arena of `num_bytes` of its own.
 
     Raises: AdapterError(code="adapter_memory") when `num_bytes` does not hold a single frame.
     """
@@ -55,22 +71,31 @@ class PagePool:
         num_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        shared: SharedArena | None = None,
     ) -> None:
         self.num_layers = num_layers
         self.module_shapes = tuple(module_shapes)
         self.dtype = dtype
         self.frame_elements = frame_elements(module_shapes)
         self.frame_bytes = self.frame_elements * dtype.itemsize
-        self.num_frames = num_bytes // self.frame_bytes
-        if self.num_frames == 0:
+        unit = num_bytes if shared is None else shared.superblock_bytes
+        if unit < self.frame_bytes:
             raise AdapterError(
                 f"{num_bytes:,} bytes of adapter memory hold no adapter of this model: one frame "
                 f"takes {self.frame_bytes:,}; raise --adapter-memory",
                 code="adapter_memory",
             )
-        self.num_pages = self.num_frames
-        # Not touched, so on a CPU it costs memory only where adapters come to lie.
-        self.arena = torch.empty(self.num_frames * self.frame_elements, dtype=dtype, device=device)
+        if shared is None:
+            num_elements = unit // self.frame_bytes * self.frame_elements
+            # Not touched, so on a CPU it costs memory only where adapters come to lie.
+            self.arena = torch.empty(num_elements, dtype=dtype, device=device)
+            self.frames = Frames(1, unit // self.frame_bytes, 1)
+        else:
+            self.arena = shared.memory.view(dtype)
+            num_superblocks = shared.memory.nbytes // unit
+            self.frames = Frames(num_superblocks, unit // self.frame_bytes, shared.num_owned)
+        self._superblock_elements = unit // dtype.itemsize
+        self.num_pages = len(self.frames.superblocks) * self.frames.frames_per_superblock
         shape = (self.num_pages, num_layers, len(self.module_shapes))
         self.offset_a = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.offset_b = torch.full(shape, -1, dtype=torch.int64, device=device)
@@ -78,9 +103,9 @@ class PagePool:
         self.scaling = torch.zeros(shape, dtype=torch.float32, device=device)
         self._transport = transport_to(device)
         self.version = 0  # grows with every change of the tables
-        self._free_frames = list(range(self.num_frames))  # heaps: low numbers first
-        self._free_pages = list(range(self.num_pages))
+        self._free_pages = list(range(self.num_pages))  # a heap: low numbers first
         self._residents: dict[str, _Resident] = {}
+        self._unfinished: list[tuple[list[int], Arrival]] = []  # removed while bytes still came
 
     # --- sizes
 
@@ -91,11 +116,16 @@ class PagePool:
 
     @property
     def bytes_total(self) -> int:
-        return self.num_frames * self.frame_bytes
+        return self.frames.num_owned * self.frame_bytes
+
+    @property
+    def bytes_max(self) -> int:
+        """If the KV cache gave all that it may give."""
+        return self.num_pages * self.frame_bytes
 
     @property
     def bytes_used(self) -> int:
-        return self.bytes_total - len(self._free_frames) * self.frame_bytes
+        return self.bytes_total - self.frames.num_free * self.frame_bytes
 
     def layout(self, ranks: Mapping[Key, int]) -> PageLayout:
         """Pack the tiles of an adapter. ranks: rank of each adapted (layer, module), all >= 1."""
@@ -129,14 +159,14 @@ class PagePool:
         Raises: AdapterError(code="adapter_memory") when there are not enough.
         """
         assert digest not in self._residents, f"{digest} has pages already"
-        if layout.num_frames > len(self._free_frames):
+        if layout.num_frames > self.frames.num_free:
             raise AdapterError(
                 f"adapter {digest[:12]} needs {self.device_bytes(layout):,} bytes of adapter "
                 f"memory, {self.bytes_total - self.bytes_used:,} of {self.bytes_total:,} are free; "
                 "evict adapters or raise --adapter-memory",
                 code="adapter_memory",
             )
-        frames = [heapq.heappop(self._free_frames) for _ in range(layout.num_frames)]
+        frames = self.frames.take(digest, layout.num_frames)
         pages = [heapq.heappop(self._free_pages) for _ in range(layout.num_pages)]
         arrival = self._transport.expect(self.num_layers)
         self._residents[digest] = _Resident(frames, layout, pages, arrival)
@@ -149,8 +179,8 @@ class PagePool:
         """
         resident = self._residents[digest]
         assert not resident.published, f"{digest} is in use"
-        size = self.frame_elements
-        targets = [self.arena[at * size : (at + 1) * size] for at in resident.frames]
+        starts = self._starts(resident.frames).tolist()
+        targets = [self.arena[start : start + self.frame_elements] for start in starts]
         copies = list(zip(targets, image.frames, strict=False))
         self._transport.send(resident.arrival, copies, image.layout.last_frames, on_head_start)
 
@@ -158,12 +188,11 @@ class PagePool:
         """Enter the adapter's pages in the tables; from now on kernels may use them."""
         resident = self._residents[digest]
         layout = image.layout
-        frames = np.asarray(resident.frames, dtype=np.int64)
+        starts = self._starts(resident.frames)
 
         def placed(offsets: Offsets) -> Tensor:
             at = np.maximum(offsets, 0)
-            absolute = frames[at // self.frame_elements] * self.frame_elements
-            absolute += at % self.frame_elements
+            absolute = starts[at // self.frame_elements] + at % self.frame_elements
             return torch.from_numpy(np.where(offsets < 0, -1, absolute))
 
         scaling = np.where(layout.live_ranks > 0, image.scaling, np.float32(0))
@@ -193,8 +222,9 @@ class PagePool:
             nothing = torch.zeros(shape, dtype=torch.int32)
             self._write_tables(resident.pages, nowhere, nowhere, nothing, nothing.float())
             self.version += 1
-        for frame in resident.frames:
-            heapq.heappush(self._free_frames, frame)
+        self.frames.give_back(digest, resident.frames)
+        if resident.arrival is not None and not resident.arrival.is_complete:
+            self._unfinished.append((resident.frames, resident.arrival))
         for page in resident.pages:
             heapq.heappush(self._free_pages, page)
         return len(resident.frames) * self.frame_bytes
@@ -223,6 +253,30 @@ class PagePool:
         arrivals = (self._residents[digest].arrival for digest in digests)
         return tuple(a for a in arrivals if a is not None and not a.is_complete)
 
+    # --- trading
+
+    def superblock(self, superblock: int) -> Tensor:
+        """Its memory: `[superblock_bytes]`, in elements."""
+        size = self._superblock_elements
+        return self.arena[superblock * size : (superblock + 1) * size]
+
+    def is_quiet(self, superblock: int) -> bool:
+        """No copy into frames that were given back is still under way in it."""
+        self._unfinished = [(f, a) for f, a in self._unfinished if not a.is_complete]
+        inside = self.frames.frames_of(superblock)
+        return not any(frame in inside for frames, _ in self._unfinished for frame in frames)
+
+    # --- inside
+
+    def _starts(self, frames: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Element offsets in the arena."""
+        size = self.frames.frames_per_superblock
+        starts = [
+            frame // size * self._superblock_elements + frame % size * self.frame_elements
+            for frame in frames
+        ]
+        return np.array(starts, dtype=np.int64)
+
     def _write_tables(
         self,
         pages: list[int],
@@ -240,11 +294,11 @@ class PagePool:
 
     def check_invariants(self) -> None:
         """Every frame and page has one owner, every tile lies inside its owner's frames, alone."""
-        held = [frame for r in self._residents.values() for frame in r.frames]
-        assert sorted(held + self._free_frames) == list(range(self.num_frames)), "frames"
+        self.frames.check_invariants({d: r.frames for d, r in self._residents.items()})
         paged = [page for r in self._residents.values() for page in r.pages]
         assert sorted(paged + self._free_pages) == list(range(self.num_pages)), "pages"
-        assert self.bytes_used == len(held) * self.frame_bytes
+        held = sum(len(resident.frames) for resident in self._residents.values())
+        assert self.bytes_used == held * self.frame_bytes
         live = {p for r in self._residents.values() if r.published for p in r.pages}
         dead = torch.tensor([p for p in range(self.num_pages) if p not in live], dtype=torch.int64)
         assert bool((self.offset_a[dead] == -1).all() and (self.offset_b[dead] == -1).all())
@@ -253,7 +307,7 @@ class PagePool:
         for digest, resident in self._residents.items():
             if not resident.published:
                 continue
-            owned, spans = set(resident.frames), []
+            frames, spans = sorted(self._starts(resident.frames).tolist()), []
             for table, side in ((self.offset_a, 0), (self.offset_b, 1)):
                 offsets = table[resident.pages]
                 adapted = self.live_ranks[resident.pages] > 0
@@ -261,8 +315,9 @@ class PagePool:
                 for page, layer, module in adapted.nonzero().tolist():
                     start = int(offsets[page, layer, module])
                     end = start + PAGE_RANKS * self.module_shapes[module][side]
-                    assert start // self.frame_elements in owned, f"{digest}: a stray tile"
-                    assert (end - 1) // self.frame_elements == start // self.frame_elements
+                    before = bisect_right(frames, start)
+                    assert before > 0, f"{digest}: a stray tile"
+                    assert end <= frames[before - 1] + self.frame_elements, f"{digest}: stray"
                     spans.append((start, end))
             spans.sort()
             for (_, end), (start, _) in pairwise(spans):

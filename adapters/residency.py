@@ -122,3 +122,44 @@ class Loader(Protocol):
     def poll(self) -> list[LoadDone]:
         """The loads that ended since the last call."""
         ...
+
+
+class Lender(Protocol):
+    """Who shares the device's memory with the adapters, and gives some of it up for them. What it
+    gives arrives by `AdapterSlots.resize_device`, now or later.
+    """
+
+    @property
+    def bytes_coming(self) -> int:
+        """Given, but a step in flight may still use it."""
+        ...
+
+    def lend(self, num_bytes: int, unused_since: float | None = None) -> None:
+        """A wanted adapter lacks so many bytes beyond those that are coming: give what holds
+        nothing or, with `unused_since` (clock), also what holds something nobody has used since
+        then. It may be less.
+        """
+        ...
+
+    def insist(self, num_bytes: int) -> None:
+        """It has lacked them for too long: give them as soon as those who use them end."""
+        ...
+
+    def enough(self) -> None:
+        """No wanted adapter lacks room now."""
+        ...
+
+
+class NoLender:
+    """The adapters' memory is theirs alone."""
+
+    bytes_coming = 0
+
+    def lend(self, num_bytes: int, unused_since: float | None = None) -> None:
+        pass
+
+    def insist(self, num_bytes: int) -> None:
+        pass
+
+    def enough(self) -> None:
+        pass

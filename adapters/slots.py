@@ -28,12 +28,13 @@ from loraplex.adapters.books import (
     WantFailed,
 )
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.load_planner import LoadPlanner
-from loraplex.adapters.residency import AdapterState, Loader, Stage
+from loraplex.adapters.load_planner import LoadPlanner, is_idle
+from loraplex.adapters.residency import AdapterState, Lender, Loader, Stage
 
 
 class AdapterSlots:
-    """`device_bytes_total` and `host_bytes_total` bound what the loader holds.
+    """`device_bytes_total` and `host_bytes_total` bound what the loader holds. With a `lender` the
+    former changes by `resize_device`, up to `device_bytes_max`.
 
     `on_transition` is called on every change of state.
     """
@@ -44,6 +45,7 @@ class AdapterSlots:
         *,
         device_bytes_total: int,
         host_bytes_total: int,
+        device_bytes_max: int | None = None,
         on_transition: OnTransition | None = None,
         patience_s: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
@@ -53,6 +55,7 @@ class AdapterSlots:
         self._books = Books(
             loader,
             device_bytes_total=device_bytes_total,
+            device_bytes_max=device_bytes_max or device_bytes_total,
             host_bytes_total=host_bytes_total,
             on_transition=on_transition,
             clock=clock,
@@ -68,11 +71,24 @@ class AdapterSlots:
     def on_transition(self, on_transition: OnTransition | None) -> None:
         self._books.on_transition = on_transition
 
+    @property
+    def lender(self) -> Lender:
+        return self._planner.lender
+
+    @lender.setter
+    def lender(self, lender: Lender) -> None:
+        self._planner.lender = lender
+
     # --- questions ------------------------------------------------------------------------------
 
     @property
     def device_bytes_total(self) -> int:
         return self._books.device_bytes_total
+
+    @property
+    def device_bytes_max(self) -> int:
+        """What the total may grow to."""
+        return self._books.device_bytes_max
 
     @property
     def device_bytes_used(self) -> int:
@@ -214,6 +230,35 @@ class AdapterSlots:
         failed, books.failed = books.failed, []
         return failed
 
+    # --- memory shared with the KV cache --------------------------------------------------------
+
+    def resize_device(self, num_bytes: int) -> None:
+        """The device's memory for adapters is this now; not less than what is used."""
+        assert self.device_bytes_used <= num_bytes <= self.device_bytes_max, f"{num_bytes} bytes"
+        self._books.device_bytes_total = num_bytes
+        self._books.changed = True
+
+    def look_again(self) -> None:
+        """There may be room now for what lacked it."""
+        self._books.changed = True
+
+    def worth_of_idle(self, digests: Iterable[str], idle_s: float) -> float | None:
+        """What keeping these on the device is worth (`eviction.py`), in all; None if one of them
+        is in use, wanted, pinned, or was used within the last `idle_s`.
+        """
+        worth, since = 0.0, self._clock() - idle_s
+        for digest in digests:
+            resident = self._residents[digest]
+            if not is_idle(resident) or (resident.last_used_at or 0.0) > since:
+                return None
+            worth += self._books.worth(resident, Stage.DEVICE)
+        return worth
+
+    def make_way(self, digests: Iterable[str]) -> None:
+        """Evict these, which are idle, for the KV cache."""
+        for digest in digests:
+            self._books.drop_device(self._residents[digest], "makes room for KV blocks", "room")
+
     # --- orders of an operator ------------------------------------------------------------------
 
     def retry(self, digest: str) -> None:
@@ -225,11 +270,11 @@ class AdapterSlots:
         resident = self._books.open(digest)
         pinned = [r for r in self._residents.values() if r.pinned and r is not resident]
         pinned_bytes = sum(r.size.device_bytes for r in pinned)
-        if pinned_bytes + resident.size.device_bytes > self.device_bytes_total:
+        if pinned_bytes + resident.size.device_bytes > self.device_bytes_max:
             raise AdapterError(
                 f"cannot pin adapter {digest}: its {resident.size.device_bytes} bytes and the "
                 f"{pinned_bytes} bytes of {len(pinned)} pinned adapters exceed the "
-                f"{self.device_bytes_total} bytes of adapter memory; unpin one or raise "
+                f"{self.device_bytes_max} bytes of adapter memory; unpin one or raise "
                 "--adapter-memory",
                 code="adapter_no_room",
             )

@@ -128,10 +128,10 @@ class AdapterLoader:
             host_bytes=self._pool.host_bytes(layout),
             invocation_tokens=manifest.invocation_tokens,
         )
-        if size.device_bytes > self._pool.bytes_total:
+        if size.device_bytes > self._pool.bytes_max:
             raise AdapterError(
                 f"adapter {digest[:12]} (rank {size.rank}) takes {size.device_bytes:,} bytes of "
-                f"adapter memory, there are {self._pool.bytes_total:,}; raise --adapter-memory",
+                f"adapter memory, there are {self._pool.bytes_max:,}; raise --adapter-memory",
                 code="adapter_too_large",
             )
         return size

@@ -186,7 +186,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class MemoryInfo(Struct, frozen=True, kw_only=True):
-    """Bytes, by purpose. `adapter_page_bytes` = one 16-rank page that adapts every module."""
+    """Bytes, by purpose. `adapter_page_bytes` = one 16-rank page that adapts every module.
+
+    The KV cache and the adapters may share memory and trade it in superblocks: then their totals
+    are those of now. Without trading, `superblock_bytes` is 0 and the limits equal the totals.
+    """
 
     weights_bytes: int
     kv_cache_bytes: int
@@ -203,6 +207,17 @@ class MemoryInfo(Struct, frozen=True, kw_only=True):
     workspace_bytes: int
     device_bytes_total: int  # the machine's memory (RAM on cpu)
     device_bytes_free: int
+    superblock_bytes: int = 0
+    shared_bytes: int = 0  # of both together
+    kv_blocks_min: int = 0  # that adapters can never take
+    kv_blocks_max: int = 0
+    kv_blocks_obtainable: int = 0  # more of them could be had now, without waiting for anybody
+    adapter_bytes_max: int = 0
+    adapter_bytes_obtainable: int = 0  # more of them could be had now, without waiting for anybody
+    superblocks_to_kv: int = 0  # traded so far
+    superblocks_to_adapters: int = 0
+    superblocks_lost: int = 0  # that could not be moved; nothing is traded since
+    static_because: str = ""  # why nothing is traded
 
 
 class AdapterState(StrEnum):
@@ -296,6 +311,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     adapter_joins: int = 0  # requests that found their load wanted or under way already
     adapter_refusals: int = 0  # requests refused because their adapter failed lately
     step_token_counts: tuple[int, ...] = ()  # steps by tokens: up to each bound, and beyond
+    superblocks_to_kv: int = 0  # memory traded between adapters and KV cache
+    superblocks_to_adapters: int = 0
 
 
 # --- messages: API process -> engine process ---

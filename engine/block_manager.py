@@ -15,36 +15,54 @@ one step share it. This is sound because runners write the K/V of all of a step'
 attention reads them, per layer, and steps take effect in order. After a step that fails, all
 contents must be forgotten. A block whose last token is pending becomes findable when that is known.
 
+Which of the blocks the KV cache owns may change at run time, by superblocks: `unused_blocks.py`
+has the books of those, `memory_exchange.py` decides.
+
 PagedAttention: 2309.06180. Every operation is O(1) per block, but O(log n) to pick the lowest
 free one: neighbours in a sequence then tend to be neighbours in memory.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from loraplex.engine.prefix_hash import block_hashes
 from loraplex.engine.sequence import Sequence
+from loraplex.engine.unused_blocks import UnusedBlocks
 
 
 class BlockManager:
-    """`num_blocks` blocks of `block_size` tokens; block ids are 0 .. num_blocks - 1, all usable."""
+    """`num_blocks` blocks of `block_size` tokens, ids from 0 on, all usable.
+
+    max_blocks, blocks_per_superblock: with trading, how many there may come to be, and in what
+    units; all counts are multiples of the unit then. `more_blocks` is asked for so many more when
+    an allocation lacks them; it answers whether they are there now.
+    """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_cache: bool = True,
+        max_blocks: int | None = None,
+        blocks_per_superblock: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks={num_blocks}, block_size={block_size}: both must be >= 1")
-        self.num_blocks = num_blocks
+        unit, max_blocks = blocks_per_superblock or num_blocks, max_blocks or num_blocks
+        assert num_blocks % unit == max_blocks % unit == 0, "a part of a superblock"
         self.block_size = block_size
         self.enable_prefix_cache = enable_prefix_cache
+        self.more_blocks: Callable[[int], bool] = lambda num_blocks: False
+        self.min_blocks = num_blocks  # that trading always leaves here
         self.num_queried_tokens = 0  # prompt tokens looked up in the prefix cache, ever
         self.num_hit_tokens = 0  # ... and found
-        self._ref_counts = [0] * num_blocks
-        self._free = list(range(num_blocks))  # heap
-        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self.unused = UnusedBlocks(max_blocks // unit, unit, num_blocks // unit, clock)
+        self._ref_counts = [0] * max_blocks
         self._hash_of: dict[int, bytes] = {}  # findable blocks, used or cached
         self._tokens_of: dict[int, list[int]] = {}  # same keys
         self._block_of: dict[bytes, int] = {}
@@ -52,17 +70,21 @@ class BlockManager:
     # --- counts ---------------------------------------------------------------------------------
 
     @property
+    def num_blocks(self) -> int:
+        return self.unused.num_blocks
+
+    @property
     def num_available_blocks(self) -> int:
         """Free or cached: what an allocation can take."""
-        return len(self._free) + len(self._cached)
+        return self.unused.num_available
 
     @property
     def num_cached_blocks(self) -> int:
-        return len(self._cached)
+        return self.unused.num_cached
 
     @property
     def num_used_blocks(self) -> int:
-        return self.num_blocks - self.num_available_blocks
+        return self.unused.num_used
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -80,11 +102,11 @@ class BlockManager:
         shared = self._find_prefix(seq)
         num_new = self.num_blocks_for(seq.num_tokens) - len(shared)
         num_revived = sum(1 for block in shared if self._ref_counts[block] == 0)
-        if num_new + num_revived + keep_available > self.num_available_blocks:
+        if not self._is_available(num_new + num_revived + keep_available):
             return False
         for block in shared:
             if self._ref_counts[block] == 0:
-                del self._cached[block]
+                self.unused.revive(block)
             self._ref_counts[block] += 1
         # Sorted, since the LRU hands out a chain tail first: memory order follows token order.
         seq.block_table = shared + sorted(self._take() for _ in range(num_new))
@@ -100,7 +122,7 @@ class BlockManager:
         lack.
         """
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
-        if num_new > self.num_available_blocks:
+        if not self._is_available(num_new):
             return False
         seq.block_table.extend(self._take() for _ in range(num_new))
         return True
@@ -109,7 +131,7 @@ class BlockManager:
         """Make findable the full blocks of the leading `num_tokens`, computed or now scheduled,
         as far as the tokens are known.
 
-        A block whose contents another block has already stays private.
+        A block whose contents another block has already, or that is to leave, stays private.
         """
         size = self.block_size
         begin, end = seq.num_published_blocks, min(num_tokens, len(seq.token_ids)) // size
@@ -119,7 +141,7 @@ class BlockManager:
         hashes = block_hashes(seq, end, size)
         for index in range(begin, end):
             block, block_hash = seq.block_table[index], hashes[index]
-            if block_hash in self._block_of:
+            if block_hash in self._block_of or self.unused.is_closed(block):
                 continue
             assert block not in self._hash_of, f"block {block} would change under its hash"
             self._block_of[block_hash] = block
@@ -132,21 +154,25 @@ class BlockManager:
         for block in reversed(seq.block_table):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                if block in self._hash_of:
-                    self._cached[block] = None
-                else:
-                    heapq.heappush(self._free, block)
+                self.unused.give_back(block, keep=block in self._hash_of)
         seq.block_table = []
         seq.num_computed_tokens = seq.num_published_blocks = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget all contents. Running sequences keep their blocks, but nobody new finds them."""
-        for block in self._cached:
-            heapq.heappush(self._free, block)
-        self._cached.clear()
+        self.unused.drop_contents(list(self.unused.cached()))
         self._hash_of.clear()
         self._tokens_of.clear()
         self._block_of.clear()
+
+    def close(self, superblock: int) -> None:
+        """It is to leave: nobody new gets or finds a block of it."""
+        blocks = self.unused.blocks_of(superblock)
+        findable = [block for block in blocks if block in self._hash_of]
+        for block in findable:
+            self._forget(block)
+        self.unused.drop_contents([b for b in findable if self._ref_counts[b] == 0])
+        self.unused.close(superblock)
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -165,11 +191,13 @@ class BlockManager:
             found.append(block)
         return found
 
+    def _is_available(self, num_blocks: int) -> bool:
+        lacking = num_blocks - self.num_available_blocks
+        return lacking <= 0 or self.more_blocks(lacking)
+
     def _take(self) -> int:
-        if self._free:
-            block = heapq.heappop(self._free)
-        else:
-            block, _ = self._cached.popitem(last=False)
+        block, was_cached = self.unused.take()
+        if was_cached:
             self._forget(block)
         self._ref_counts[block] = 1
         return block
@@ -185,12 +213,14 @@ class BlockManager:
         and idle time.
         """
         holders = Counter(block for seq in sequences for block in seq.block_table)
-        assert all(self._ref_counts[b] == holders[b] for b in range(self.num_blocks)), "ref counts"
-        free, cached = set(self._free), set(self._cached)
-        assert len(free) == len(self._free), "a block is free twice"
-        assert not free & cached, "a block is free and cached"
-        assert free | cached == {b for b in range(self.num_blocks) if not holders[b]}, "lost blocks"
-        assert not any(b in self._hash_of for b in free), "a free block is findable"
+        assert Counter(dict(enumerate(self._ref_counts))) == holders, "ref counts"
+        self.unused.check_invariants()
+        free, cached = set(self.unused.free()), set(self.unused.cached())
+        unused = free | cached | set(self.unused.withdrawn())
+        owned = {b for s in self.unused.owned for b in self.unused.blocks_of(s)}
+        assert unused == {b for b in owned if not holders[b]}, "lost blocks"
+        assert holders.keys() <= owned, "a block in use is not owned"
+        assert not any(b in self._hash_of for b in unused - cached), "a free block is findable"
         assert all(b in self._hash_of for b in cached), "a cached block cannot be found"
         assert self._block_of == {h: b for b, h in self._hash_of.items()}, "hash maps disagree"
         assert self._tokens_of.keys() == self._hash_of.keys(), "token map disagrees"

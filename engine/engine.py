@@ -34,6 +34,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.constraints import Constraints
 from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidRequest
 from loraplex.engine.in_flight import InFlight, StepInFlight
+from loraplex.engine.memory_exchange import MemoryExchange
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.seams import Prober, Runner, Schedule, StepSample
@@ -68,6 +69,7 @@ class Engine:
         blocks: BlockManager,
         memory: Callable[[], api.MemoryInfo],
         *,
+        exchange: MemoryExchange | None = None,
         prober: Prober | None = None,
         constraints: Constraints | None = None,
         on_news: Callable[[News], None] = lambda news: None,
@@ -82,11 +84,14 @@ class Engine:
         self._slots = slots
         self._blocks = blocks
         self._memory = memory
+        self._exchange = exchange
         self._prober = prober
         self._constraints = constraints
         self._clock = clock
         self._wake = threading.Event()
         self._in_flight = InFlight(slots.release)
+        if exchange is not None:
+            exchange.when_settled = self._in_flight.when_settled
         max_num_seqs, max_num_batched_tokens = config.step_sizes
         self._scheduler = Scheduler(
             blocks,
@@ -96,7 +101,7 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_waiting=config.max_num_waiting,
         )
-        self._max_model_len = min(model.max_model_len, blocks.num_blocks * blocks.block_size)
+        self._max_model_len = min(model.max_model_len, blocks.min_blocks * blocks.block_size)
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}  # every live one by request id
         self._by_rank: dict[Rank, Sequence] = {}
@@ -213,6 +218,8 @@ class Engine:
         self.on_wake()
 
     def _take_in_loads(self) -> None:
+        if self._exchange is not None:
+            self._exchange.poll()
         for failed in self._slots.advance():
             seq = self._by_rank.get(failed.rank)
             if seq is None:
@@ -399,20 +406,26 @@ class Engine:
         ]
 
     def memory(self) -> api.MemoryInfo:
-        return msgspec.structs.replace(
-            self._memory(),
-            kv_blocks_total=self._blocks.num_blocks,
-            kv_blocks_used=self._blocks.num_used_blocks,
-            kv_blocks_cached=self._blocks.num_cached_blocks,
-            block_size=self._blocks.block_size,
-            adapter_bytes_total=self._slots.device_bytes_total,
-            adapter_bytes_used=self._slots.device_bytes_used,
-            host_adapter_bytes_total=self._slots.host_bytes_total,
-            host_adapter_bytes_used=self._slots.host_bytes_used,
+        blocks, slots, still = self._blocks, self._slots, self._memory()
+        info = msgspec.structs.replace(
+            still,
+            kv_cache_bytes=blocks.num_blocks * still.kv_block_bytes,
+            kv_blocks_total=blocks.num_blocks,
+            kv_blocks_used=blocks.num_used_blocks,
+            kv_blocks_cached=blocks.num_cached_blocks,
+            kv_blocks_min=blocks.num_blocks,
+            kv_blocks_max=blocks.num_blocks,
+            block_size=blocks.block_size,
+            adapter_bytes_total=slots.device_bytes_total,
+            adapter_bytes_used=slots.device_bytes_used,
+            adapter_bytes_max=slots.device_bytes_max,
+            host_adapter_bytes_total=slots.host_bytes_total,
+            host_adapter_bytes_used=slots.host_bytes_used,
         )
+        return info if self._exchange is None else self._exchange.add_to(info)
 
     def stats(self) -> api.EngineStats:
-        scheduler, slots = self._scheduler, self._slots
+        scheduler, slots, exchange = self._scheduler, self._slots, self._exchange
         reasons = Counter(
             reason.value
             for seq in scheduler.waiting
@@ -445,6 +458,8 @@ class Engine:
             adapter_joins=slots.num_joins,
             adapter_refusals=slots.num_refusals,
             step_token_counts=tuple(self._step_token_counts),
+            superblocks_to_kv=exchange.num_to_kv if exchange else 0,
+            superblocks_to_adapters=exchange.num_to_adapters if exchange else 0,
         )
 
     def reset_prefix_cache(self) -> bool:
@@ -471,6 +486,8 @@ class Engine:
         scheduler = self._scheduler
         scheduler.check_invariants()
         self._slots.check_invariants()
+        if self._exchange is not None:
+            self._exchange.check_invariants()
         live = {id(seq) for seq in (*scheduler.running, *scheduler.waiting)}
         assert live == {id(seq) for seq in self._sequences.values()}, "a live sequence is lost"
         assert live == {id(seq) for seq in self._by_rank.values()}, "ranks"

@@ -12,6 +12,7 @@ held:
   such a block writes and reads it after the steps in flight.
 * Adapters are written by copies outside that order. They are released when every step has settled
   that was in flight when the sequence left.
+* Memory that is taken from unused KV blocks is taken outside that order, too, and waits likewise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class StepInFlight:
     handle: Any  # the runner's
     dropped: set[Sequence] = field(default_factory=set)
     leaving: list[str] = field(default_factory=list)  # digests to release when it settles
+    then: list[Callable[[], None]] = field(default_factory=list)  # to call when it settles
 
     @property
     def live(self) -> Iterator[ScheduledSequence]:
@@ -61,7 +63,17 @@ class InFlight:
 
     def settle_oldest(self) -> None:
         """It is over."""
-        self._release(self._steps.popleft().leaving)
+        step = self._steps.popleft()
+        self._release(step.leaving)
+        for call in step.then:
+            call()
+
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """Call when every step that is in flight now has settled: now, if there is none."""
+        if self._steps:
+            self._steps[-1].then.append(call)
+        else:
+            call()
 
     def drop(self, seq: Sequence) -> None:
         """It left the running set."""

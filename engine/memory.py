@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ModelError
 from loraplex.engine.machine import Memory
 from loraplex.engine.model_config import DecoderConfig
+from loraplex.engine.superblocks import Division, divide
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class MemoryPlan:
     reasons: Mapping[str, str] = field(
         default_factory=dict
     )  # of sizes nobody asked for, by purpose
+    division: Division | None = None  # of what KV cache and adapters share; None: each has its own
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -79,8 +81,12 @@ def plan_memory(
     dtype: torch.dtype,
     device: torch.device,
     memory: Memory,
+    granule: int = 0,
 ) -> MemoryPlan:
-    """Raises: ModelError when the model, or the length asked for, cannot fit."""
+    """granule: in which memory can be traded (`superblocks.py`), 0 = it cannot.
+
+    Raises: ModelError when the model, or the length asked for, cannot fit.
+    """
     weights = weights_bytes(model, dtype)
     workspace = workspace_bytes(config, model, dtype)
     usable = memory.free
@@ -113,7 +119,7 @@ def plan_memory(
         host_bytes = min(2 * adapter_bytes, int(rest * HOST_ADAPTER_SHARE))
     if kv_bytes + adapter_bytes > rest:
         raise memory_exceeded(kv_bytes, adapter_bytes, rest)
-    return MemoryPlan(
+    plan = MemoryPlan(
         max_model_len=max_model_len,
         weights_bytes=weights,
         workspace_bytes=workspace,
@@ -124,6 +130,47 @@ def plan_memory(
         host_adapter_bytes=host_bytes,
         device_bytes_total=memory.total,
         device_bytes_free=memory.free,
+    )
+    return share_memory(plan, config, model, dtype, granule)
+
+
+def share_memory(
+    plan: MemoryPlan, config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, granule: int
+) -> MemoryPlan:
+    """Let the KV cache and the adapters trade what they have, unless one of them is fixed by a
+    setting.
+    """
+    if not granule or config.kv_cache_memory is not None or config.adapter_memory is not None:
+        return plan
+    division = divide(
+        kv_bytes=plan.kv_cache_bytes,
+        adapter_bytes=plan.adapter_bytes,
+        granule=granule,
+        num_planes=2 * model.num_layers,
+        block_bytes=plan.kv_block_bytes,
+        frame_bytes=frame_elements(model.module_shapes) * dtype.itemsize,
+        blocks_of_longest=math.ceil(plan.max_model_len / config.block_size),
+        page_bytes=plan.adapter_page_bytes,
+    )
+    if division is None:
+        return plan
+    num_blocks = division.kv_superblocks * division.blocks_per_superblock
+    num_tokens = division.max_kv_superblocks * division.blocks_per_superblock * config.block_size
+    most_bytes = division.max_adapter_superblocks * division.superblock_bytes
+    adapter_bytes = division.adapter_superblocks * division.superblock_bytes
+    pages = adapter_bytes // plan.adapter_page_bytes
+    return replace(
+        plan,
+        num_kv_blocks=num_blocks,
+        adapter_bytes=adapter_bytes,
+        division=division,
+        reasons={
+            **plan.reasons,
+            "kv cache": f"{num_blocks * config.block_size:,} tokens at first, up to "
+            f"{num_tokens:,} while adapters leave them room",
+            "adapters on the device": f"{pages:,} of rank 16 at first, up to "
+            f"{most_bytes // plan.adapter_page_bytes:,} while sequences are short",
+        },
     )
 
 
@@ -194,6 +241,11 @@ def kv_block_bytes(model: DecoderConfig, block_size: int, dtype: torch.dtype) ->
 def adapter_page_bytes(model: DecoderConfig, dtype: torch.dtype) -> int:
     """16 ranks of an adapter that adapts every module of every layer."""
     return model.num_layers * frame_elements(model.module_shapes) * dtype.itemsize
+
+
+def page_table_bytes(model: DecoderConfig) -> int:
+    """Of one page: two offsets, live ranks and scaling of each module of each layer."""
+    return model.num_layers * len(model.module_shapes) * (8 + 8 + 4 + 4)
 
 
 def workspace_bytes(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype) -> int:

@@ -89,7 +89,7 @@ class Scheduler:
                 f"{len(self.waiting)} requests wait already, the limit (max_num_waiting); "
                 "try again later"
             )
-        capacity = self._blocks.num_blocks * self._blocks.block_size
+        capacity = self._blocks.min_blocks * self._blocks.block_size
         if num_prompt_tokens + 1 > capacity:
             raise InvalidRequest(
                 f"the prompt has {num_prompt_tokens} tokens and with one output token exceeds the "

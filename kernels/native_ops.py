@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from loraplex.kernels.native_build import load_library
-from loraplex.kernels.ops import NUM_MODULES, PAGE_RANKS, AttentionBatch, KVCache, LoraBatch, Module
+from loraplex.kernels.ops import (
+    NUM_MODULES,
+    PAGE_RANKS,
+    AttentionBatch,
+    KVCache,
+    LoraBatch,
+    Module,
+    NewTensor,
+    new_zeros,
+)
 from loraplex.kernels.torch_ops import TorchOps
 
 MAX_ROWS = 32  # rows of a span, as in lora.h
@@ -124,6 +133,7 @@ class NativeKVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        new: NewTensor = new_zeros,
     ) -> None:
         if block_size % TILE:
             raise ValueError(
@@ -140,9 +150,10 @@ class NativeKVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         shape = (num_layers, num_blocks, num_kv_heads * block_size * head_dim)
-        self.k = torch.zeros(shape, dtype=dtype)
-        self.v = torch.zeros(shape, dtype=dtype)
+        self.k = new(shape, dtype, torch.device("cpu"))
+        self.v = new(shape, dtype, torch.device("cpu"))
         self.nbytes = self.k.nbytes + self.v.nbytes
+        self.planes = [*self.k, *self.v]
         self._layers = [
             KVLayer(k.data_ptr(), v.data_ptr(), num_kv_heads, head_dim, block_size)
             for k, v in zip(self.k, self.v, strict=True)
@@ -196,8 +207,9 @@ class NativeOps(TorchOps):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        new: NewTensor = new_zeros,
     ) -> KVCache:
-        return NativeKVCache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)
+        return NativeKVCache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, new)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         assert weight.dtype == x.dtype, "activations and norm weight differ in dtype"

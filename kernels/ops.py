@@ -11,6 +11,7 @@ Shapes: T = tokens of the step, S = sequences of the step, M = adapted module ki
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -115,12 +116,25 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+# (shape, dtype, device) -> zeros
+NewTensor = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+
+
+def new_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class KVCache(Protocol):
-    """Paged keys and values of all layers, in the backend's own layout. Block 0 is a real block."""
+    """Paged keys and values of all layers, in the backend's own layout. Block 0 is a real block.
+
+    planes: views `[num_blocks, elements]` of all its memory, each contiguous, all of one shape: one
+    layer's keys or values.
+    """
 
     num_blocks: int
     block_size: int
     nbytes: int
+    planes: list[Tensor]
 
     def copy_block(self, source: int, target: int) -> None: ...
 
@@ -141,7 +155,10 @@ class Ops(Protocol):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> KVCache: ...
+        new: NewTensor = new_zeros,
+    ) -> KVCache:
+        """new: makes its memory."""
+        ...
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """`[T] int64, [V, H] -> [T, H]`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.kernels.decode_mirror import DecodeMirror, DecodeStep
-from loraplex.kernels.ops import AttentionBatch
+from loraplex.kernels.ops import AttentionBatch, NewTensor, new_zeros
 
 MIRROR_BYTES = 512 << 20
 
@@ -46,15 +46,17 @@ class TorchKVCache:
         dtype: torch.dtype,
         device: torch.device,
         mirror_bytes: int = MIRROR_BYTES,
+        new: NewTensor = new_zeros,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         shape = (num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = new(shape, dtype, device)
+        self.v = new(shape, dtype, device)
         self.nbytes = self.k.nbytes + self.v.nbytes
+        self.planes = [layer.view(num_blocks, -1) for pages in (self.k, self.v) for layer in pages]
         self.mirror = DecodeMirror(self.k, self.v, block_size, mirror_bytes)
 
     def copy_block(self, source: int, target: int) -> None:

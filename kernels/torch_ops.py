@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex.kernels.lora_stacks import StackCache
-from loraplex.kernels.ops import GATE_UP, QKV, AttentionBatch, KVCache, LoraBatch, Module
+from loraplex.kernels.ops import (
+    GATE_UP,
+    QKV,
+    AttentionBatch,
+    KVCache,
+    LoraBatch,
+    Module,
+    NewTensor,
+    new_zeros,
+)
 from loraplex.kernels.packed_linear import DenseLinear, PackedLinear, make_linear
 from loraplex.kernels.torch_attention import TorchKVCache, attend
 
@@ -38,9 +47,10 @@ class TorchOps:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        new: NewTensor = new_zeros,
     ) -> KVCache:
         return TorchKVCache(
-            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device
+            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device, new=new
         )
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:

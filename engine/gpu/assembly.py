@@ -38,10 +38,12 @@ def measured_plan(
     device: torch.device,
     before: Memory,
     on_progress: OnProgress,
+    granule: int = 0,
 ) -> MemoryPlan:
     """Check the kernels, then run the largest step and plan with what it took.
 
-    before: the GPU's memory when nothing was loaded.
+    before: the GPU's memory when nothing was loaded. granule: in which memory can be traded, 0 = it
+    cannot.
 
     Raises: ModelError when a kernel computes wrongly here, or the model does not fit.
     """
@@ -67,7 +69,8 @@ def measured_plan(
     on_progress("memory", 0, 1)
     measured = measure_gpu(config, before, one_frame, make_runner, max_len, device)
     on_progress("memory", 1, 1)
-    return plan_gpu_memory(config, model, dtype, measured, device_memory(torch.device("cpu")))
+    host = device_memory(torch.device("cpu"))
+    return plan_gpu_memory(config, model, dtype, measured, host, granule)
 
 
 def check_kernels(

@@ -20,6 +20,8 @@ from loraplex.engine.memory import (
     kv_block_bytes,
     kv_blocks,
     memory_exceeded,
+    page_table_bytes,
+    share_memory,
     size,
     weights_bytes,
 )
@@ -69,14 +71,19 @@ def plan_gpu_memory(
     dtype: torch.dtype,
     gpu: MeasuredGpu,
     host: Memory,
+    granule: int = 0,
 ) -> MemoryPlan:
-    """Raises: ModelError when the length asked for, or what was asked for together, cannot fit."""
+    """granule: in which memory can be traded (`engine.superblocks`), 0 = it cannot.
+
+    Raises: ModelError when the length asked for, or what was asked for together, cannot fit."""
     max_num_seqs, max_num_tokens = config.step_sizes
     usable = usable_bytes(config, gpu.now)
     workspace = gpu.step + gpu.graphs + RUNTIME_BYTES
     rest = usable - workspace
     block_bytes = kv_block_bytes(model, config.block_size, dtype)
     page_bytes = adapter_page_bytes(model, dtype)
+    if granule:  # the tables are for as many adapters as there may come to be
+        rest -= rest // page_bytes * model.num_layers * page_table_bytes(model)
     if rest < block_bytes + page_bytes:
         raise ModelError(
             f"the model does not fit: {size(usable)} may be used beside the weights, a step needs "
@@ -112,7 +119,7 @@ def plan_gpu_memory(
             MAX_PINNED_BYTES,
         )
         reasons["adapters on the host"] = f"{host_bytes // page_bytes} of rank 16, pinned"
-    return MemoryPlan(
+    plan = MemoryPlan(
         max_model_len=max_model_len,
         weights_bytes=gpu.weights,
         workspace_bytes=workspace,
@@ -126,3 +133,4 @@ def plan_gpu_memory(
         shares_host=False,
         reasons=reasons,
     )
+    return share_memory(plan, config, model, dtype, granule)

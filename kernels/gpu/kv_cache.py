@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from loraplex.kernels.ops import NewTensor, new_zeros
+
 SPLIT_COUNTERS = 4096
 
 
@@ -30,6 +32,7 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        new: NewTensor = new_zeros,
     ) -> None:
         """Raises: ValueError for a block size the kernels cannot work with."""
         if block_size < 1 or block_size & (block_size - 1):
@@ -41,15 +44,13 @@ class PagedKVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
-        self._arena = torch.zeros(
-            (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+        self._arena = new(shape, dtype, device)
         self.nbytes = self._arena.nbytes
         self.split_arrivals = torch.zeros(SPLIT_COUNTERS, dtype=torch.int32, device=device)
         self.keys = [self._arena[layer, 0] for layer in range(num_layers)]
         self.values = [self._arena[layer, 1] for layer in range(num_layers)]
+        self.planes = [plane.view(num_blocks, -1) for plane in (*self.keys, *self.values)]
 
     def copy_block(self, source: int, target: int) -> None:
         """All layers' keys and values of a block, on the current stream."""

@@ -30,7 +30,9 @@ from loraplex.kernels.ops import (
     Linear,
     LoraBatch,
     Module,
+    NewTensor,
     PageTables,
+    new_zeros,
 )
 from loraplex.kernels.packed_linear import DenseLinear
 
@@ -71,9 +73,10 @@ class TritonOps:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        new: NewTensor = new_zeros,
     ) -> PagedKVCache:
         return PagedKVCache(
-            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device
+            num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device, new
         )
 
     def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:

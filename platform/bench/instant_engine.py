@@ -109,7 +109,8 @@ class InstantEngine:
         return answers
 
     def memory(self) -> MemoryInfo:
-        return MemoryInfo(**dict.fromkeys(MemoryInfo.__struct_fields__, 0))
+        numbers: dict[str, Any] = dict.fromkeys(MemoryInfo.__struct_fields__, 0)
+        return MemoryInfo(**{**numbers, "static_because": ""})
 
     def stats(self) -> EngineStats:
         numbers: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 0)

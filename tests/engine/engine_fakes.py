@@ -21,6 +21,7 @@ import msgspec
 from grammar_fakes import FakeCompiler, HandDriven, allowed_tokens
 
 from loraplex.adapters.errors import AdapterNotFound
+from loraplex.adapters.frames import Frames
 from loraplex.adapters.residency import AdapterSize, LoadDone, Stage
 from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine import api
@@ -30,7 +31,9 @@ from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.constraints import Constraints
 from loraplex.engine.engine import Engine
+from loraplex.engine.memory_exchange import MemoryExchange
 from loraplex.engine.seams import Schedule, ScheduledSequence, StepSample
+from loraplex.engine.superblocks import Division
 
 VOCAB = 50
 EOS = 49
@@ -39,6 +42,8 @@ SIZES = {"a": 10, "b": 10, "c": 20, "d": 40, "huge": 1000}  # device bytes
 SIZES |= {"x": 10, "y": 10}  # activated LoRAs
 INVOCATIONS = {"x": (3, 4), "y": (5,)}
 DEVICE_BYTES = 40
+FRAME_BYTES = 10
+NO_MEMORY = "no memory behind it"
 
 
 # --- what the fake model says -------------------------------------------------------------------
@@ -278,6 +283,7 @@ class FakeRunner:
                 slot = row.slot(position)
                 assert slot not in written, "two tokens write one slot"
                 written.add(slot)
+                assert self.kv[slot] is not NO_MEMORY, "written where no memory is"
                 self.kv[slot] = (token, position, row.applied(position))
         step.samples = [self._sample(row) for row in step.rows]
 
@@ -297,7 +303,9 @@ class FakeRunner:
 class FakeLoader:
     """Ends loads when told to, or at once."""
 
-    def __init__(self, *, at_once: bool) -> None:
+    def __init__(self, *, at_once: bool, frames: Frames | None = None) -> None:
+        self.frames = frames  # where memory is shared; all of an adapter's size
+        self._held: dict[str, list[int]] = {}
         self.at_once = at_once
         self.under_way: list[tuple[str, Stage]] = []
         self.installed: dict[str, int] = {}  # on the device, with the number of the load
@@ -314,6 +322,10 @@ class FakeLoader:
         self._begin(digest, Stage.HOST)
 
     def begin_device_load(self, digest: str) -> None:
+        if self.frames is not None:
+            num_frames = SIZES[digest] // FRAME_BYTES
+            assert num_frames <= self.frames.num_free, "no room for it"
+            self._held[digest] = self.frames.take(digest, num_frames)
         self._begin(digest, Stage.DEVICE)
 
     def _begin(self, digest: str, stage: Stage) -> None:
@@ -332,7 +344,12 @@ class FakeLoader:
 
     def drop_device(self, digest: str) -> int:
         del self.installed[digest]
+        self._give_back(digest)
         return SIZES[digest]
+
+    def _give_back(self, digest: str) -> None:
+        if self.frames is not None:
+            self.frames.give_back(digest, self._held.pop(digest))
 
     def drop_host(self, digest: str) -> int:
         return SIZES[digest]
@@ -346,7 +363,60 @@ class FakeLoader:
             if load.stage is Stage.DEVICE and load.ok:
                 self._num_loads += 1
                 self.installed[load.digest] = self._num_loads
+            elif load.stage is Stage.DEVICE:
+                self._give_back(load.digest)
         return done
+
+    def check_invariants(self) -> None:
+        if self.frames is not None:
+            self.frames.check_invariants(self._held)
+
+
+# --- memory that is shared ----------------------------------------------------------------------
+
+
+class FakePool:
+    frame_bytes = FRAME_BYTES
+
+    def __init__(self, division: Division) -> None:
+        self.frames = Frames(
+            division.max_adapter_superblocks,
+            division.frames_per_superblock,
+            division.adapter_superblocks,
+        )
+
+    def is_quiet(self, superblock: int) -> bool:
+        return True
+
+
+class FakeMover:
+    """Takes the memory away at once: a step in flight that still reads it is found out."""
+
+    def __init__(self, division: Division, runner: FakeRunner, pool: FakePool) -> None:
+        self.size = division.blocks_per_superblock * BLOCK
+        self.runner = runner
+        self.pool = pool
+        self.fails = False
+        for superblock in range(division.kv_superblocks, division.max_kv_superblocks):
+            self._fill(superblock, NO_MEMORY)
+
+    def _fill(self, superblock: int, content: object) -> None:
+        first = superblock * self.size
+        self.runner.kv[first : first + self.size] = [content] * self.size
+
+    def to_adapters(self, kv_superblock: int, adapter_superblock: int) -> None:
+        assert self.runner.kv[kv_superblock * self.size] is not NO_MEMORY
+        assert adapter_superblock not in self.pool.frames.owned
+        self._fill(kv_superblock, NO_MEMORY)
+        if self.fails:
+            raise RuntimeError("the driver is on fire")
+
+    def to_kv(self, adapter_superblock: int, kv_superblock: int) -> None:
+        assert self.runner.kv[kv_superblock * self.size] is NO_MEMORY
+        assert adapter_superblock not in self.pool.frames.owned
+        if self.fails:
+            raise RuntimeError("the driver is on fire")
+        self._fill(kv_superblock, None)
 
 
 # --- the bench ----------------------------------------------------------------------------------
@@ -380,18 +450,46 @@ class Bench:
         host_bytes: int = 60,
         prefix_cache: bool = True,
         masks_at_once: bool = True,
+        division: Division | None = None,
     ) -> None:
-        self.now = 0.0
-        self.max_model_len = min(MODEL.max_model_len, num_blocks * BLOCK)
-        self.loader = FakeLoader(at_once=at_once)
-        self.runner = FakeRunner(num_blocks, self.loader, max_in_flight)
+        """division: of memory shared by blocks and adapters, instead of `num_blocks` and
+        `DEVICE_BYTES`.
+        """
+        self.now = 100.0
+        pool = None if division is None else FakePool(division)
+        min_blocks = max_blocks = num_blocks
+        device_bytes = device_bytes_max = DEVICE_BYTES
+        if division is not None:
+            size = division.blocks_per_superblock
+            num_blocks = division.kv_superblocks * size
+            min_blocks, max_blocks = division.kv_floor * size, division.max_kv_superblocks * size
+            frame_bytes = division.frames_per_superblock * FRAME_BYTES
+            device_bytes = division.adapter_superblocks * frame_bytes
+            device_bytes_max = division.max_adapter_superblocks * frame_bytes
+        self.max_model_len = min(MODEL.max_model_len, min_blocks * BLOCK)
+        self.loader = FakeLoader(at_once=at_once, frames=pool.frames if pool else None)
+        self.runner = FakeRunner(max_blocks, self.loader, max_in_flight)
         self.slots = AdapterSlots(
             self.loader,
-            device_bytes_total=DEVICE_BYTES,
+            device_bytes_total=device_bytes,
+            device_bytes_max=device_bytes_max,
             host_bytes_total=host_bytes,
             clock=lambda: self.now,
         )
-        self.blocks = BlockManager(num_blocks, BLOCK, enable_prefix_cache=prefix_cache)
+        self.blocks = BlockManager(
+            num_blocks,
+            BLOCK,
+            enable_prefix_cache=prefix_cache,
+            max_blocks=max_blocks,
+            blocks_per_superblock=division.blocks_per_superblock if division else None,
+            clock=lambda: self.now,
+        )
+        self.exchange: MemoryExchange | None = None
+        if division is not None and pool is not None:
+            self.mover = FakeMover(division, self.runner, pool)
+            self.exchange = MemoryExchange(
+                division, self.blocks, self.slots, pool, self.mover, lambda: self.now
+            )
         self.compiler = FakeCompiler(VOCAB, EOS)
         self.compile_jobs = HandDriven(at_once=masks_at_once)
         self.mask_jobs = HandDriven(at_once=masks_at_once)
@@ -418,6 +516,7 @@ class Bench:
                 compile_workers=self.compile_jobs,
                 mask_workers=self.mask_jobs,
             ),
+            exchange=self.exchange,
             on_news=self._hear,
             clock=lambda: self.now,
         )
@@ -469,6 +568,7 @@ class Bench:
         for bug in self.runner.bugs:
             raise bug
         self.engine.check_invariants()
+        self.loader.check_invariants()
 
     def step_until(self, done: Callable[[], object], limit: int = 500) -> None:
         for _ in range(limit):

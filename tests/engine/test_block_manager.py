@@ -263,9 +263,16 @@ class BlockMachine(RuleBasedStateMachine):
     holds.
     """
 
-    @initialize(num_blocks=st.integers(3, 16), cache=st.booleans())
-    def build(self, num_blocks: int, cache: bool) -> None:
-        self.blocks = BlockManager(num_blocks, SIZE, enable_prefix_cache=cache)
+    @initialize(units=st.integers(1, 6), unit=st.sampled_from([1, 3, 8]), cache=st.booleans())
+    def build(self, units: int, unit: int, cache: bool) -> None:
+        """Superblocks that close, go and come; which of them is not the block manager's choice."""
+        self.blocks = BlockManager(
+            units * unit,
+            SIZE,
+            enable_prefix_cache=cache,
+            max_blocks=(units + 2) * unit,
+            blocks_per_superblock=unit,
+        )
         self.live: list[Sequence] = []
         self.contents: dict[int, object] = {}  # slot -> what was computed into it
 
@@ -336,6 +343,30 @@ class BlockMachine(RuleBasedStateMachine):
         self.live.remove(seq)
         self.blocks.free(seq)
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.blocks.unused.owned - self.blocks.unused.closed)
+    def close(self, data: st.DataObject) -> None:
+        open_ones = self.blocks.unused.owned - self.blocks.unused.closed
+        self.blocks.close(data.draw(st.sampled_from(sorted(open_ones))))
+
+    @rule(data=st.data(), leaves=st.booleans())
+    @precondition(lambda self: self.blocks.unused.closed)
+    def reopen(self, data: st.DataObject, leaves: bool) -> None:
+        unused = self.blocks.unused
+        superblock = data.draw(st.sampled_from(sorted(unused.closed)))
+        if leaves and not unused.used[superblock] and len(unused.owned) > 1:
+            unused.remove(superblock)
+        else:
+            unused.reopen(superblock)
+
+    @rule()
+    def come_back(self) -> None:
+        unused = self.blocks.unused
+        for superblock in range(len(unused.used)):
+            if superblock not in unused.owned:
+                unused.add(superblock)
+                return
+
     @rule()
     def reset(self) -> None:
         self.blocks.reset_prefix_cache()
@@ -345,7 +376,9 @@ class BlockMachine(RuleBasedStateMachine):
         if hasattr(self, "blocks"):
             blocks = self.blocks
             blocks.check_invariants(self.live)
-            assert blocks.num_used_blocks + blocks.num_available_blocks == blocks.num_blocks
+            withdrawn = len(list(blocks.unused.withdrawn()))
+            counted = blocks.num_used_blocks + blocks.num_available_blocks + withdrawn
+            assert counted == blocks.num_blocks
 
     @invariant()
     def every_computed_token_is_still_where_the_table_says(self) -> None:

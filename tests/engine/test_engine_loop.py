@@ -4,11 +4,12 @@ one end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 import pytest
-from engine_fakes import EOS, MODEL, Bench, next_token
+from engine_fakes import EOS, FRAME_BYTES, MODEL, SIZES, Bench, next_token
 from grammar_fakes import fake_grammar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
 from loraplex.engine import api
 from loraplex.engine.api import FinishReason
 from loraplex.engine.errors import AdapterUnavailable, InvalidRequest, QueueFull
+from loraplex.engine.superblocks import Division
 
 # --- requests -----------------------------------------------------------------------------------
 
@@ -680,6 +682,63 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.calls) <= bench.answers.keys()
 
 
+class SharingMachine(EngineMachine):
+    """Blocks and adapters share one memory: 2 or 3 blocks, or 2 frames, a superblock."""
+
+    @initialize(
+        kv=st.integers(0, 4),
+        adapters=st.integers(1, 4),
+        size=st.sampled_from([2, 3]),
+        max_num_seqs=st.integers(1, 5),
+        extra_tokens=st.integers(0, 8),
+        host_bytes=st.sampled_from([0, 60]),
+        prefix_cache=st.booleans(),
+    )
+    def build(  # type: ignore[override]
+        self, kv: int, adapters: int, size: int, **options: Any
+    ) -> None:
+        kv_floor = 6 // size
+        self.division = Division(
+            superblock_bytes=20,
+            blocks_per_superblock=size,
+            frames_per_superblock=2,
+            kv_superblocks=kv_floor + kv,
+            adapter_superblocks=adapters,
+            kv_floor=kv_floor,
+            adapter_floor=1,
+        )
+        super().build(division=self.division, **options)
+
+    @rule(length=st.integers(12, 20), max_tokens=st.integers(1, 4))
+    def add_long(self, length: int, max_tokens: int) -> None:
+        self.bench.add(list(range(length)), max_tokens=max_tokens)
+
+    def teardown(self) -> None:
+        """And with nothing to do, an adapter that takes all it may, and a sequence that does."""
+        super().teardown()
+        if not hasattr(self, "bench"):
+            return
+        bench = self.bench
+        bench.now += 100
+        uses = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}
+        if kv_and_adapters_fit(self.division, uses):
+            with suppress(AdapterUnavailable):  # deleted
+                bench.add([1], uses, max_tokens=1)
+                bench.run()
+        bench.add([2] * (bench.max_model_len - 1), max_tokens=1)
+        bench.run()
+        bench.check_over()
+
+
+def kv_and_adapters_fit(division: Division, digests: Iterable[str]) -> bool:
+    room = division.max_adapter_superblocks * division.frames_per_superblock * FRAME_BYTES
+    return sum(SIZES[digest] for digest in digests) <= room
+
+
+class OverlappedSharingMachine(SharingMachine):
+    max_in_flight = 1
+
+
 class OverlappedMachine(EngineMachine):
     """A step is launched before the one before it is collected."""
 
@@ -692,15 +751,24 @@ class DeepMachine(EngineMachine):
     max_in_flight = 2
 
 
-@pytest.mark.parametrize("machine", [EngineMachine, OverlappedMachine, DeepMachine])
+@pytest.mark.parametrize(
+    ("machine", "examples"),
+    [
+        (EngineMachine, 120),
+        (OverlappedMachine, 120),
+        (DeepMachine, 120),
+        (SharingMachine, 40),
+        (OverlappedSharingMachine, 60),
+    ],
+)
 def test_anything_in_any_order_ends_right(
-    machine: type[EngineMachine], monkeypatch: pytest.MonkeyPatch
+    machine: type[EngineMachine], examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loraplex.engine.engine.MASK_WAIT_S", 0)  # masks come by hand
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=120,
+            max_examples=examples,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
