@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 MAX_SUPERBLOCKS = 512  # more would only make the books longer
 MIN_SUPERBLOCKS = 8  # fewer are not worth trading
+LITTLE = 0.02  # of a superblock
 MIN_FRAMES = 8  # in a superblock: what holds no frame at its end stays a small share
 
 
@@ -74,9 +75,11 @@ def divide(
     unit = unit_blocks * block_bytes
     wish = max(unit, MIN_FRAMES * frame_bytes, budget // MAX_SUPERBLOCKS)
     least = -(-wish // unit)
-    # Of the sizes around the wish the one whose end wastes least; frames do not cross superblocks.
+    # Frames do not cross superblocks, so the end of one is wasted: of the sizes from the wish on the
+    # first that wastes little, else the one that wastes least.
     sizes = [count * unit for count in range(least, min(2 * least, least + 64) + 1)]
-    size = min(sizes, key=lambda size: (size % frame_bytes / size, size))
+    wastes = {size: size % frame_bytes / size for size in sizes}
+    size = next((s for s in sizes if wastes[s] <= LITTLE), min(sizes, key=lambda s: wastes[s]))
     number = budget // size
     kv_floor = -(-blocks_of_longest * block_bytes // size)
     adapter_floor = -(-page_bytes // (size // frame_bytes * frame_bytes))

@@ -212,7 +212,9 @@ class FakeEngine:
         return answers
 
     def memory(self) -> MemoryInfo:
-        return MemoryInfo(**dict.fromkeys(MemoryInfo.__struct_fields__, 1))
+        return MemoryInfo(
+            **{**dict.fromkeys(MemoryInfo.__struct_fields__, 1), "static_because": ""}
+        )
 
     def stats(self) -> EngineStats:
         numbers = dict.fromkeys(EngineStats.__struct_fields__, 0)
