@@ -21,6 +21,7 @@ import torch
 from loraplex.adapters.page_layout import PAGE_RANKS, frame_elements, pack_tiles
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.errors import ModelError
+from loraplex.engine.host_memory import host_address_space
 from loraplex.engine.loader import CONFIG_PATTERNS, choose_dtype, find_model
 from loraplex.engine.machine import Memory, device_memory
 from loraplex.engine.memory import (
@@ -32,8 +33,10 @@ from loraplex.engine.memory import (
     workspace_bytes,
 )
 from loraplex.engine.model_config import DecoderConfig, read_model_config
+from loraplex.engine.superblocks import Division
 
 GIB = 1 << 30
+GPU_GRANULE = 2 << 20  # that of today's GPUs; a start asks the driver
 RANKS = (8, 16, 32, 64)
 # What servers hold: (words, ranks in equal parts). Padding makes each as large as the largest.
 MIXES: tuple[tuple[str, tuple[int, ...]], ...] = (
@@ -59,11 +62,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class RankRoom:
-    """Adapters of one rank that adapt every module."""
+    """Adapters of one rank that adapt every module. at_most: on the device, if the KV cache keeps
+    no more than it must.
+    """
 
     rank: int
     adapter_bytes: int
     on_device: int
+    at_most: int
     on_host: int
 
 
@@ -87,15 +93,19 @@ class Layouts:
     def __init__(self, model: DecoderConfig, dtype: torch.dtype) -> None:
         self._model = model
         self._itemsize = dtype.itemsize
+        self.frame_bytes = frame_elements(model.module_shapes) * dtype.itemsize
         self.all_modules = tuple(range(len(model.module_shapes)))
 
     def here(self, rank: int, modules: tuple[int, ...]) -> int:
-        return _device_frames(
-            self._model.num_layers,
-            tuple(self._model.module_shapes),
-            _whole_pages(rank),
-            modules,
-        ) * (frame_elements(self._model.module_shapes) * self._itemsize)
+        return (
+            _device_frames(
+                self._model.num_layers,
+                tuple(self._model.module_shapes),
+                _whole_pages(rank),
+                modules,
+            )
+            * self.frame_bytes
+        )
 
     def own(self, rank: int, modules: tuple[int, ...]) -> int:
         features = sum(sum(self._model.module_shapes[module]) for module in modules)
@@ -146,18 +156,24 @@ def answer(question: Question) -> dict[str, Any]:
     dtype = choose_dtype(config.dtype, model.dtype, device)
     host = device_memory(torch.device("cpu")) if question.ram_gb is None else _all(question.ram_gb)
     if question.gpu_gb is None:
-        plan = plan_memory(config, model, dtype, device, host)
+        space = host_address_space()
+        plan = plan_memory(config, model, dtype, device, host, space.granule if space else 0)
     else:
         plan = plan_gpu(config, model, dtype, _all(question.gpu_gb), host)
     layouts = Layouts(model, dtype)
+    division = plan.division
     tokens = plan.num_kv_blocks * config.block_size
     typical = min(TYPICAL_TOKENS, plan.max_model_len)
     rooms = []
     for rank in sorted({*RANKS, *question.ranks}):
         size = layouts.here(rank, layouts.all_modules)
-        rooms.append(
-            RankRoom(rank, size, plan.adapter_bytes // size, plan.host_adapter_bytes // size)
+        at_first = _adapters(
+            layouts, plan, division.adapter_superblocks if division else None, size
         )
+        at_most = _adapters(
+            layouts, plan, division.max_adapter_superblocks if division else None, size
+        )
+        rooms.append(RankRoom(rank, size, at_first, at_most, plan.host_adapter_bytes // size))
     return {
         "model": question.model,
         "device": kind,
@@ -173,6 +189,8 @@ def answer(question: Question) -> dict[str, Any]:
         "model_positions": model.max_position_embeddings,
         "max_num_seqs": config.step_sizes[0],
         "kv_tokens": tokens,
+        "kv_tokens_at_most": _most_tokens(config, plan),
+        "shared": None if division is None else _shared(division),
         "sequences": {
             "of_typical_length": min(config.step_sizes[0], tokens // typical),
             "of_full_length": min(config.step_sizes[0], tokens // plan.max_model_len),
@@ -180,6 +198,32 @@ def answer(question: Question) -> dict[str, Any]:
         },
         "adapters": [asdict(room) for room in rooms],
         "mixes": [asdict(mix) for mix in layouts.mixes()],
+    }
+
+
+def _adapters(layouts: Layouts, plan: MemoryPlan, superblocks: int | None, size: int) -> int:
+    """How many of `size` bytes fit; frames do not cross superblocks, adapters do."""
+    if plan.division is None or superblocks is None:
+        return plan.adapter_bytes // size
+    num_frames = superblocks * plan.division.frames_per_superblock
+    return num_frames // (size // layouts.frame_bytes)
+
+
+def _most_tokens(config: EngineConfig, plan: MemoryPlan) -> int:
+    division = plan.division
+    if division is None:
+        return plan.num_kv_blocks * config.block_size
+    return division.max_kv_superblocks * division.blocks_per_superblock * config.block_size
+
+
+def _shared(division: Division) -> dict[str, int]:
+    size = division.superblock_bytes
+    return {
+        "bytes": division.num_bytes,
+        "superblock_bytes": size,
+        "superblocks": division.num_superblocks,
+        "kv_cache_bytes_min": division.kv_floor * size,
+        "adapter_bytes_min": division.adapter_floor * size,
     }
 
 
@@ -200,7 +244,7 @@ def plan_gpu(
         step=step,
         graphs=graph_bytes(config, step),
     )
-    return plan_gpu_memory(config, model, dtype, measured, host)
+    return plan_gpu_memory(config, model, dtype, measured, host, GPU_GRANULE)
 
 
 def _all(gib: float) -> Memory:

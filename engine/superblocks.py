@@ -75,8 +75,8 @@ def divide(
     unit = unit_blocks * block_bytes
     wish = max(unit, MIN_FRAMES * frame_bytes, budget // MAX_SUPERBLOCKS)
     least = -(-wish // unit)
-    # Frames do not cross superblocks, so the end of one is wasted: of the sizes from the wish on the
-    # first that wastes little, else the one that wastes least.
+    # Frames do not cross superblocks, so the end of one is wasted: of the sizes from the wish on
+    # the first that wastes little, else the one that wastes least.
     sizes = [count * unit for count in range(least, min(2 * least, least + 64) + 1)]
     wastes = {size: size % frame_bytes / size for size in sizes}
     size = next((s for s in sizes if wastes[s] <= LITTLE), min(sizes, key=lambda s: wastes[s]))

@@ -31,10 +31,12 @@ from loraplex.platform.schemas import (
     MemoryPurpose,
     RequestList,
     RequestObject,
+    SharedMemory,
     Slot,
     SlotList,
     SlotTotals,
     TieredAdapterList,
+    TokenRoom,
     TransitionList,
     TransitionObject,
 )
@@ -144,6 +146,9 @@ class AdminService:
     async def memory(self) -> Memory:
         info = await self._engine.memory()
         free = info.adapter_bytes_total - info.adapter_bytes_used
+        obtainable = free + info.adapter_bytes_obtainable
+        most = max(info.adapter_bytes_max, info.adapter_bytes_total)
+        blocks_free = info.kv_blocks_total - info.kv_blocks_used + info.kv_blocks_obtainable
         page = max(1, info.adapter_page_bytes)
         return Memory(
             weights_bytes=info.weights_bytes,
@@ -162,11 +167,17 @@ class AdminService:
             workspace_bytes=info.workspace_bytes,
             device_bytes_total=info.device_bytes_total,
             device_bytes_free=info.device_bytes_free,
+            shared=_shared(info),
+            not_shared_because=info.static_because,
+            tokens_that_fit=TokenRoom(
+                tokens=blocks_free * info.block_size,
+                in_all=max(info.kv_blocks_max, info.kv_blocks_total) * info.block_size,
+            ),
             adapters_that_fit=[
                 AdapterRoom(
                     rank=rank,
-                    adapters=free // (page * -(-rank // _PAGE_RANKS)),
-                    in_all=info.adapter_bytes_total // (page * -(-rank // _PAGE_RANKS)),
+                    adapters=obtainable // (page * -(-rank // _PAGE_RANKS)),
+                    in_all=most // (page * -(-rank // _PAGE_RANKS)),
                 )
                 for rank in _RANKS
             ],
@@ -277,6 +288,23 @@ class AdminService:
             )
 
 
+def _shared(info: MemoryInfo) -> SharedMemory | None:
+    if info.superblock_bytes == 0:
+        return None
+    kv_bytes_max = info.kv_blocks_max * info.kv_block_bytes
+    return SharedMemory(
+        bytes=info.shared_bytes,
+        superblock_bytes=info.superblock_bytes,
+        kv_cache_bytes_min=info.kv_blocks_min * info.kv_block_bytes,
+        kv_cache_bytes_max=kv_bytes_max,
+        adapter_bytes_min=info.shared_bytes - kv_bytes_max,
+        adapter_bytes_max=info.adapter_bytes_max,
+        to_kv_cache=info.superblocks_to_kv,
+        to_adapters=info.superblocks_to_adapters,
+        lost=info.superblocks_lost,
+    )
+
+
 def _explained(info: MemoryInfo) -> list[MemoryPurpose]:
     """Where the bytes are, in words; the same purposes as in the start-up table and in
     `loraplex plan`.
@@ -296,13 +324,15 @@ def _explained(info: MemoryInfo) -> list[MemoryPurpose]:
             bytes=info.kv_cache_bytes,
             used=info.kv_blocks_used * info.kv_block_bytes,
             text=f"{tokens:,} tokens in {info.kv_blocks_total:,} blocks of {info.block_size}; "
-            f"{info.kv_blocks_cached:,} free blocks hold reusable prefixes",
+            f"{info.kv_blocks_cached:,} free blocks hold reusable prefixes"
+            + _range(info, info.kv_blocks_min, info.kv_blocks_max, info.block_size, "tokens"),
         ),
         MemoryPurpose(
             purpose="adapters on the device",
             bytes=info.adapter_bytes_total,
             used=info.adapter_bytes_used,
-            text=f"{info.adapter_bytes_total // page:,} pages of rank {_PAGE_RANKS}",
+            text=f"{info.adapter_bytes_total // page:,} pages of rank {_PAGE_RANKS}"
+            + _range(info, 0, info.adapter_bytes_max // page, 1, "pages"),
         ),
         MemoryPurpose(
             purpose="adapters on the host",
@@ -324,3 +354,11 @@ def _explained(info: MemoryInfo) -> list[MemoryPurpose]:
             text=f"free now, of {info.device_bytes_total:,} bytes of the device",
         ),
     ]
+
+
+def _range(info: MemoryInfo, least: int, most: int, factor: int, unit: str) -> str:
+    """What trading can make of a size."""
+    if info.superblock_bytes == 0:
+        return ""
+    floor = f"never fewer than {least * factor:,}, " if least else ""
+    return f"; shared: {floor}up to {most * factor:,} {unit} while the other side leaves them"

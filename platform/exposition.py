@@ -244,6 +244,7 @@ class _Exposition(Collector):
             ),
         ):
             yield self._counter(name, help_text, value)
+        yield self._traded(stats)
         yield self._step_tokens(stats)
         yield self._sleep_state()
         yield self._gauge(
@@ -264,6 +265,17 @@ class _Exposition(Collector):
             stats.adapter_bytes_total,
         )
         yield self._lora_info(stats)
+
+    def _traded(self, stats: EngineStats) -> Metric:
+        family = CounterMetricFamily(
+            "loraplex:memory_superblocks_traded",
+            "Superblocks of memory that went from adapters to the KV cache or back.",
+            labels=[*self._labels, "to"],
+        )
+        labels = list(self._labels.values())
+        family.add_metric([*labels, "kv_cache"], stats.superblocks_to_kv)
+        family.add_metric([*labels, "adapters"], stats.superblocks_to_adapters)
+        return family
 
     def _step_tokens(self, stats: EngineStats) -> Metric:
         family = HistogramMetricFamily(

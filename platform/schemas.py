@@ -354,7 +354,8 @@ class Evicted(BaseModel):
 
 class AdapterRoom(BaseModel):
     """How many more adapters of a rank (all modules adapted) fit on the device now, without
-    evicting one, and how many would with all its adapter memory free.
+    evicting one or keeping a request waiting, and how many would if adapters had all the memory
+    they can have.
     """
 
     rank: int
@@ -369,8 +370,36 @@ class MemoryPurpose(BaseModel):
     text: str
 
 
+class TokenRoom(BaseModel):
+    """How many more tokens of context fit now without evicting an adapter in use, and how many
+    would if the KV cache had all the memory it can have.
+    """
+
+    tokens: int
+    in_all: int
+
+
+class SharedMemory(BaseModel):
+    """What the KV cache and the adapters share and trade in superblocks. The minima and maxima are
+    what either side keeps or gets at most; `to_kv_cache` and `to_adapters` count superblocks
+    traded so far, `lost` those that could not be moved.
+    """
+
+    bytes: int
+    superblock_bytes: int
+    kv_cache_bytes_min: int
+    kv_cache_bytes_max: int
+    adapter_bytes_min: int
+    adapter_bytes_max: int
+    to_kv_cache: int
+    to_adapters: int
+    lost: int
+
+
 class Memory(BaseModel):
-    """Bytes by purpose."""
+    """Bytes by purpose. Of memory that is shared, `kv_cache_bytes` and `adapter_bytes_total` are as
+    divided now; without sharing `shared` is null and `not_shared_because` says why.
+    """
 
     weights_bytes: int
     kv_cache_bytes: int
@@ -388,6 +417,9 @@ class Memory(BaseModel):
     workspace_bytes: int
     device_bytes_total: int
     device_bytes_free: int
+    shared: SharedMemory | None
+    not_shared_because: str
+    tokens_that_fit: TokenRoom
     adapters_that_fit: list[AdapterRoom]
     explanation: list[MemoryPurpose]
 

@@ -114,12 +114,27 @@ def _show(found: dict[str, Any]) -> None:
         f"{found['max_model_len']:,} (--max-num-seqs {found['max_num_seqs']})\n",
         soft_wrap=True,
     )
-    rooms = output.table("adapters, every module", ">MiB each", ">on the device", ">on the host")
+    shared = found["shared"]
+    if shared is None:
+        columns = [">on the device", ">on the host"]
+    else:
+        columns = [">on the device", ">at most", ">on the host"]
+        size = shared["superblock_bytes"] / MIB
+        console.print(
+            f"KV cache and adapters share {shared['bytes'] / MIB:,.0f} MiB and trade it while they "
+            f"run, {size:,.1f} MiB at a time: up to {found['kv_tokens_at_most']:,} tokens, or "
+            f"adapters as in the column `at most`. The KV cache never has less than "
+            f"{shared['kv_cache_bytes_min'] / MIB:,.0f} MiB, which one sequence of "
+            f"{found['max_model_len']:,} tokens takes.\n",
+            soft_wrap=True,
+        )
+    rooms = output.table("adapters, every module", ">MiB each", *columns)
     for room in found["adapters"]:
         rooms.add_row(
             f"rank {room['rank']}",
             f"{room['adapter_bytes'] / MIB:,.1f}",
             f"{room['on_device']:,}",
+            *([] if shared is None else [f"{room['at_most']:,}"]),
             f"{room['on_host']:,}",
         )
     console.print(rooms)

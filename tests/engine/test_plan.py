@@ -14,6 +14,7 @@ from loraplex.adapters.page_layout import FUSED_GROUPS
 from loraplex.adapters.pool import PagePool
 from loraplex.engine import plan
 from loraplex.engine.errors import ModelError
+from loraplex.engine.memory_bench import compare
 from loraplex.engine.model_config import read_model_config
 from loraplex.engine.plan import Layouts, Question, answer
 
@@ -48,12 +49,39 @@ def test_a_gpu_is_divided_without_one(llama_8b: str) -> None:
     assert parts["left to others"] >= (80 << 30) // 10 - 1
     assert found["kv_tokens"] == parts["kv cache"] // (2 * 32 * 1024 * 2)
     assert [room["rank"] for room in found["adapters"]] == [8, 16, 32, 64, 100]
+    frames = parts["adapters on the device"] // found["shared"]["superblock_bytes"] * 51
     for room in found["adapters"]:
-        assert room["on_device"] == parts["adapters on the device"] // room["adapter_bytes"]
+        assert room["on_device"] == frames // (room["adapter_bytes"] // (5 << 19))
         assert room["on_host"] == on_host // room["adapter_bytes"]
     by_rank = {room["rank"]: room["adapter_bytes"] for room in found["adapters"]}
     page = 80 << 20  # 16 ranks of all modules of 32 layers, in bf16
     assert by_rank == {8: page, 16: page, 32: 2 * page, 64: 4 * page, 100: 7 * page}
+
+
+def test_what_is_shared_is_told_and_what_is_fixed_is_not(llama_8b: str) -> None:
+    found = answer(Question(model=llama_8b, gpu_gb=80, ram_gb=64))
+    shared = found["shared"]
+    parts = {part["purpose"]: part["bytes"] for part in found["memory"]}
+    assert parts["kv cache"] + parts["adapters on the device"] == shared["bytes"]
+    assert found["kv_tokens"] < found["kv_tokens_at_most"]
+    assert shared["kv_cache_bytes_min"] >= found["max_model_len"] * 2 * 32 * 1024 * 2
+    most = shared["bytes"] - shared["kv_cache_bytes_min"]
+    for room in found["adapters"]:
+        assert room["on_device"] < room["at_most"] <= most // room["adapter_bytes"]
+    fixed = {"adapter_memory": 8 << 30}
+    found = answer(Question(model=llama_8b, gpu_gb=80, ram_gb=64, settings=fixed))
+    assert found["shared"] is None
+    assert found["kv_tokens_at_most"] == found["kv_tokens"]
+    assert all(room["at_most"] == room["on_device"] for room in found["adapters"])
+
+
+def test_more_fits_in_shared_memory_than_in_fixed_shares(llama_8b: str) -> None:
+    found = compare(llama_8b, gpu_gb=24, rank=16, max_model_len=2048)
+    fixed, shared = found["fixed"], found["shared"]
+    assert shared.adapters > 2 * fixed.adapters
+    assert shared.tokens > fixed.tokens + 2048, "one sequence more at least"
+    assert shared.adapters_again == shared.adapters
+    assert (fixed.to_kv, fixed.to_adapters) == (0, 0) != (shared.to_kv, shared.to_adapters)
 
 
 def test_settings_and_machine_count(llama_8b: str) -> None:

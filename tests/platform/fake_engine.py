@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import msgspec
+
 from loraplex.engine.api import (
     AdapterEvent,
     AdapterProbe,
@@ -135,6 +137,7 @@ class FakeEngine:
         self.start_error: Exception | None = None
         self.started = False
         self.stopped = False
+        self.memory_changes: dict[str, Any] = {}
         self.hold: asyncio.Event | None = None  # when set, tokens wait for it (after the first)
         self.refuse: EngineError | None = None  # the next request fails with it at once
         self.fail_after: int | None = None  # a request fails after so many tokens
@@ -318,7 +321,7 @@ class FakeEngine:
     async def memory(self) -> MemoryInfo:
         self._alive()
         used = DEVICE_BYTES * sum(s is AdapterState.DEVICE for s in self.residents.values())
-        return MemoryInfo(
+        info = MemoryInfo(
             weights_bytes=1000,
             kv_cache_bytes=16 * 64,
             kv_block_bytes=64,
@@ -334,7 +337,9 @@ class FakeEngine:
             workspace_bytes=100,
             device_bytes_total=1 << 20,
             device_bytes_free=1 << 19,
+            static_because="fixed by --adapter-memory",
         )
+        return msgspec.structs.replace(info, **self.memory_changes)
 
     async def stats(self) -> EngineStats:
         self._alive()

@@ -113,6 +113,47 @@ async def test_memory_says_how_many_more_adapters_fit(server: Any) -> None:
     ]
     assert parts["adapters on the device"]["used"] == memory["adapter_bytes_used"] > 0
     assert parts["kv cache"]["text"].startswith("256 tokens in 16 blocks of 16")
+    assert memory["tokens_that_fit"] == {"tokens": 256, "in_all": 256}
+    assert (memory["shared"], memory["not_shared_because"]) == (None, "fixed by --adapter-memory")
+
+
+async def test_shared_memory_is_explained(server: Any) -> None:
+    server.engine.memory_changes = {
+        "static_because": "",
+        "superblock_bytes": 256,
+        "shared_bytes": 4096,
+        "kv_blocks_min": 4,
+        "kv_blocks_max": 60,
+        "kv_blocks_obtainable": 8,
+        "adapter_bytes_max": 3 * await _adapter_bytes(server),
+        "adapter_bytes_obtainable": await _adapter_bytes(server),
+        "superblocks_to_kv": 5,
+        "superblocks_to_adapters": 7,
+    }
+    memory = (await server.http.get("/v1/admin/memory")).json()
+    total = await _adapter_bytes(server)
+    assert memory["shared"] == {
+        "bytes": 4096,
+        "superblock_bytes": 256,
+        "kv_cache_bytes_min": 4 * 64,
+        "kv_cache_bytes_max": 60 * 64,
+        "adapter_bytes_min": 4096 - 60 * 64,
+        "adapter_bytes_max": 3 * total,
+        "to_kv_cache": 5,
+        "to_adapters": 7,
+        "lost": 0,
+    }
+    assert memory["not_shared_because"] == ""
+    assert memory["tokens_that_fit"] == {"tokens": (16 + 8) * 16, "in_all": 60 * 16}
+    of_rank_16 = next(entry for entry in memory["adapters_that_fit"] if entry["rank"] == 16)
+    assert of_rank_16 == {"rank": 16, "adapters": 20, "in_all": 30}
+    parts = {part["purpose"]: part["text"] for part in memory["explanation"]}
+    assert "never fewer than 64, up to 960 tokens" in parts["kv cache"]
+    assert "up to 30 pages" in parts["adapters on the device"]
+
+
+async def _adapter_bytes(server: Any) -> int:
+    return int((await server.engine.memory()).adapter_bytes_total)
 
 
 async def test_what_came_and_went_is_told_newest_first(server: Any) -> None:

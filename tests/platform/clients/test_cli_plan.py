@@ -31,6 +31,16 @@ def test_json_and_tables_tell_the_same() -> None:
     row = next(line for line in done.output.splitlines() if line.startswith("rank 16"))
     assert row.split()[3] == str(found["adapters"][1]["on_device"])
     assert "padded to largest" in done.output
+    assert "trade it" not in done.output, "one side is fixed"
+
+
+def test_shared_memory_is_explained() -> None:
+    found = json.loads(invoke("--json").output)
+    output = invoke().output
+    assert f"up to {found['kv_tokens_at_most']:,} tokens" in output
+    row = next(line for line in output.splitlines() if line.startswith("rank 16"))
+    room = found["adapters"][1]
+    assert row.split()[3:] == [f"{room[key]:,}" for key in ("on_device", "at_most", "on_host")]
 
 
 @pytest.mark.parametrize(
