@@ -107,6 +107,29 @@ def test_every_silent_mistake_is_found(make: Any) -> None:
         assert not probe(bench, loaded).agrees, what
 
 
+def test_a_strong_adapter_agrees_and_its_mistakes_are_still_found(make: Any) -> None:
+    """Its activations dwarf the base's, so it rounds more than the base does."""
+    bench, adapters = make("llama")
+    loud = {k: replace(m, scaling=60 * m.scaling) for k, m in adapters["qv"].modules.items()}
+    strong = replace(adapters["qv"], digest="2" * 64, modules=loud)
+    bench.pool.install(strong.digest, bench.pool.build_image(strong))
+    first = strong.modules[sorted(strong.modules)[0]]
+    try:
+        result = probe(bench, strong)
+        wrong = {
+            "scaling of one module 1 % off": changed(strong, scaling=1.01 * first.scaling),
+            "one rank lost": changed(strong, a=torch.cat([first.a[:-1], 0 * first.a[-1:]])),
+        }
+        found = {what: probe(bench, loaded) for what, loaded in wrong.items()}
+    finally:
+        bench.pool.remove(strong.digest)
+    assert result.agrees, result
+    assert result.effect > 1
+    assert result.error > 4 * result.base_error, "it rounds no more than the base: no test of this"
+    for what, mistaken in found.items():
+        assert not mistaken.agrees, (what, mistaken)
+
+
 def test_an_adapter_that_changes_nothing_is_seen(make: Any) -> None:
     bench, adapters = make("llama")
     nothing = {k: replace(m, bt=0 * m.bt) for k, m in adapters["qv"].modules.items()}
