@@ -333,7 +333,8 @@ class Call(Struct, frozen=True, tag="call", omit_defaults=True):
     "adapters" -> list[AdapterResidencyInfo] (those the engine has state for),
     "load" (digest, wait) -> AdapterResidencyInfo, "evict" (digest, tier, drain, timeout_s) ->
     FreedBytes, "pin" / "unpin" (digest) -> AdapterResidencyInfo, "forget" (digest, force,
-    timeout_s): evict from every tier, refuse new requests for it -> FreedBytes,
+    timeout_s): evict from every tier, refuse new requests for it -> FreedBytes, "keep" (digest):
+    take a "forget" that is under way back -> bool, whether there was one,
     "probe" (digest, timeout_s) -> AdapterProbe; loads it first,
     "reset_prefix_cache" -> bool.
     """

@@ -268,6 +268,10 @@ class EngineClient:
         self._pins.discard(digest)
         return freed
 
+    async def keep(self, digest: str) -> bool:
+        """Take back a `forget` that still waits, if there is one; it then frees nothing."""
+        return await self._call(bool, "keep", digest=digest)
+
     async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
         """Compare what the adapter does in the engine with its files; loads it first, for which
         there is so much time.

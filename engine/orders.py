@@ -97,7 +97,9 @@ class Orders:
         self._answer = answer
         self._clock = clock
         self._pending: list[_Pending] = []
-        self._failed_wants: dict[Rank, WantFailed | None] = {}
+        self._loads: dict[Rank, str] = {}  # ordered here and under way: the digest
+        self._failed_wants: dict[Rank, WantFailed] = {}
+        self._kept: set[str] = set()  # to be forgotten no more
         self._methods: dict[str, Callable[[api.Call], object]] = {
             "memory": lambda call: host.memory(),
             "stats": lambda call: host.stats(),
@@ -109,6 +111,7 @@ class Orders:
             "pin": self._pin,
             "evict": self._evict,
             "forget": self._forget,
+            "keep": self._keep,
             "probe": self._probe,
         }
 
@@ -140,7 +143,7 @@ class Orders:
 
     def want_failed(self, failed: WantFailed) -> None:
         """One of the loads ordered here will not happen."""
-        if failed.rank in self._failed_wants:
+        if failed.rank in self._loads:
             self._failed_wants[failed.rank] = failed
 
     # --- inside ---------------------------------------------------------------------------------
@@ -185,12 +188,12 @@ class Orders:
         slots.check([call.digest])
         rank = self._host.next_rank()
         slots.want(rank, [call.digest])
-        self._failed_wants[rank] = None
+        self._loads[rank] = call.digest
         try:
             if not call.wait:
                 yield self._info(call.digest)
             while not slots.is_ready([call.digest]):
-                failed = self._failed_wants[rank]
+                failed = self._failed_wants.get(rank)
                 if failed is not None:
                     raise AdapterUnavailable(failed.message, code=failed.code)
                 if self._clock() >= deadline:
@@ -200,7 +203,8 @@ class Orders:
                     )
                 yield None
         finally:
-            del self._failed_wants[rank]
+            del self._loads[rank]
+            self._failed_wants.pop(rank, None)
             slots.unwant(rank)
         return self._info(call.digest)
 
@@ -254,13 +258,18 @@ class Orders:
 
     def _forget(self, call: api.Call) -> Order:
         """Refuse new requests now; free all when the present ones ended or, by force, were
-        failed.
+        failed. Loads that only an order wants are ended; one that is under way is waited for.
         """
         slots, digest = self._slots, call.digest
         deadline = self._clock() if call.force and not call.timeout_s else self._deadline(call)
         slots.refuse(digest, True)
+        self._kept.discard(digest)
         while (freed := slots.forget(digest)) is None:
-            if self._clock() >= deadline:
+            if digest in self._kept:
+                return api.FreedBytes()
+            if not self._is_used(digest):
+                self._end_loads(digest)
+            elif self._clock() >= deadline:
                 if not call.force:
                     slots.refuse(digest, False)
                     raise AdapterInUse(
@@ -275,3 +284,27 @@ class Orders:
                 slots.fail_wants(digest, error.code, error.message)
             yield None
         return api.FreedBytes(device_bytes=freed[0], host_bytes=freed[1])
+
+    def _keep(self, call: api.Call) -> bool:
+        """It is needed after all: take requests again. Was it about to be forgotten?"""
+        resident = self._slots.get(call.digest)
+        if resident is None or not resident.refused:
+            return False
+        self._slots.refuse(call.digest, False)
+        self._kept.add(call.digest)
+        return True
+
+    def _is_used(self, digest: str) -> bool:
+        """By requests; the loads of orders do not count."""
+        resident = self._slots.get(digest)
+        if resident is None:
+            return False
+        return resident.running > 0 or any(rank not in self._loads for rank in resident.wants)
+
+    def _end_loads(self, digest: str) -> None:
+        for rank, wanted in self._loads.items():
+            if wanted == digest and rank not in self._failed_wants:
+                self._slots.unwant(rank)
+                self._failed_wants[rank] = WantFailed(
+                    rank, "adapter_deleted", f"adapter {digest} was deleted while it was loaded"
+                )

@@ -99,6 +99,10 @@ class EnginePort(Protocol):
         self, digest: str, *, force: bool = False, timeout_s: float | None = None
     ) -> FreedBytes: ...
 
+    async def keep(self, digest: str) -> bool:
+        """Take back a `forget` that still waits, if there is one; it then frees nothing."""
+        ...
+
     async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
         """Compare what the adapter does in the engine with its files; loads it first."""
         ...

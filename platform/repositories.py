@@ -323,9 +323,11 @@ class ContentRepository:
         return bool(found)
 
     async def used_elsewhere(self, digests: Iterable[str], version_ids: Iterable[int]) -> set[str]:
-        """Those of `digests` that versions other than `version_ids` have too."""
+        """Those of `digests` that versions other than `version_ids` have too, and will keep."""
         query = select(AdapterVersion.digest).where(
-            AdapterVersion.digest.in_(set(digests)), AdapterVersion.id.not_in(set(version_ids))
+            AdapterVersion.digest.in_(set(digests)),
+            AdapterVersion.id.not_in(set(version_ids)),
+            AdapterVersion.status != "draining",
         )
         return set(await self._session.scalars(query))
 

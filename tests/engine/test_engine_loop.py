@@ -480,6 +480,59 @@ def test_a_forget_that_times_out_changes_nothing() -> None:
     bench.check_over()
 
 
+def test_forget_ends_the_loads_of_orders_and_waits_for_what_is_under_way() -> None:
+    """The bug this guards: the background's probe of an adapter made its deletion a conflict."""
+    bench = Bench(at_once=False)
+    load = bench.call("load", digest="a")
+    bench.step()
+    call = bench.call("forget", digest="a", timeout_s=0.0)
+    for _ in range(3):
+        bench.step()
+    error = bench.answers[load].error
+    assert error is not None
+    assert error.code == "adapter_deleted"
+    assert call not in bench.answers, "nothing is dropped while it loads"
+    bench.loader.finish(0)
+    bench.run()
+    assert bench.result(call, api.FreedBytes) == api.FreedBytes(device_bytes=0, host_bytes=10)
+    assert bench.engine.adapters() == []
+
+
+def test_forget_lets_orders_be_when_requests_keep_the_adapter() -> None:
+    bench = Bench(at_once=False)
+    name = bench.add([1], {"a": 1.0})
+    load = bench.call("load", digest="a")
+    bench.step()
+    call = bench.call("forget", digest="a", timeout_s=0.0)
+    bench.step()
+    error = bench.answers[call].error
+    assert error is not None
+    assert error.code == "adapter_in_use"
+    bench.loader.at_once = True
+    bench.loader.finish(0)
+    bench.run()
+    assert bench.ends[name].finish_reason is FinishReason.LENGTH
+    assert bench.result(load, api.AdapterResidencyInfo).state is api.AdapterState.DEVICE
+
+
+def test_keep_takes_a_forget_back() -> None:
+    bench = Bench()
+    name = bench.add([1], {"a": 1.0}, max_tokens=10)
+    while not bench.tokens[name]:
+        bench.step()
+    assert bench.result(bench.call("keep", digest="a"), bool) is False
+    forget = bench.call("forget", digest="a", timeout_s=60.0)
+    bench.step()
+    assert bench.result(bench.call("keep", digest="a"), bool) is True
+    later = bench.add([2], {"a": 1.0})
+    bench.run()
+    assert bench.result(forget, api.FreedBytes) == api.FreedBytes()
+    assert {bench.ends[n].finish_reason for n in (name, later)} == {FinishReason.LENGTH}
+    again = bench.call("forget", digest="a", timeout_s=0.0)
+    bench.run()
+    assert bench.result(again, api.FreedBytes).device_bytes == 10, "an older keep is used up"
+
+
 def test_questions() -> None:
     bench = Bench()
     bench.add([1, 2, 3], {"a": 1.0}, max_tokens=20)
@@ -645,7 +698,9 @@ class EngineMachine(RuleBasedStateMachine):
         runner.fail_next = runner.fail_next_run = False
 
     @rule(
-        method=st.sampled_from(["load", "pin", "unpin", "evict", "forget", "reset_prefix_cache"]),
+        method=st.sampled_from(
+            ["load", "pin", "unpin", "evict", "forget", "keep", "reset_prefix_cache"]
+        ),
         digest=st.sampled_from("abcdxy"),
         tier=st.sampled_from(["device", "host"]),
         wait=st.booleans(),

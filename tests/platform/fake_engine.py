@@ -152,6 +152,8 @@ class FakeEngine:
         self.residents: dict[str, AdapterState] = {}
         self.pinned: set[str] = set()
         self.forgotten: list[str] = []
+        self.forget_hold: asyncio.Event | None = None  # deletions wait for it
+        self.kept: list[str] = []
         self.probed: list[str] = []
         self.probe_result: dict[str, Any] = {}  # what differs from a probe that agrees
         self.probe_hold: asyncio.Event | None = None  # when set, probes wait for it
@@ -301,10 +303,17 @@ class FakeEngine:
             assert timeout_s is not None, "the engine would wait for ever"
             self._refuse_in_use(digest)
         self.forgotten.append(digest)
+        if self.forget_hold is not None:
+            await self.forget_hold.wait()
         there = self.residents.pop(digest, None) is not None
         return FreedBytes(
             device_bytes=DEVICE_BYTES if there else 0, host_bytes=HOST_BYTES if there else 0
         )
+
+    async def keep(self, digest: str) -> bool:
+        self._alive()
+        self.kept.append(digest)
+        return False
 
     async def probe(self, digest: str, *, timeout_s: float | None = None) -> AdapterProbe:
         self._alive()

@@ -191,7 +191,7 @@ async def test_delete_frees_every_tier_and_the_name(server: Any, fake_engine_mod
         "host_bytes": fake_engine_module.HOST_BYTES,
         "disk_bytes": on_disk,
     }
-    assert server.engine.forgotten == [digest]
+    assert server.engine.forgotten == [digest, digest], "before and after its files went"
     assert stored(server) == set()
     for method in ("get", "delete"):
         assert (await getattr(server.http, method)("/v1/adapters/sql")).status_code == 404
@@ -232,6 +232,44 @@ async def test_shared_content_stays_until_its_last_name_goes(server: Any) -> Non
     assert stored(server) == set()
 
 
+async def test_the_last_two_names_of_a_content_go_at_once(
+    server: Any, until: Callable[..., Any]
+) -> None:
+    """The bug this guards: each took the content to be the other's, and it stayed in memory."""
+    made = await server.upload("one")
+    await server.upload("two")
+    await server.http.post("/v1/admin/adapters/one/load")
+    server.engine.forget_hold = asyncio.Event()
+    deletions = [
+        asyncio.create_task(server.http.delete(f"/v1/adapters/{name}")) for name in ("one", "two")
+    ]
+    await until(lambda: server.engine.forgotten)
+    server.engine.forget_hold.set()
+    assert [(await deletion).status_code for deletion in deletions] == [200, 200]
+    assert made["digest"].removeprefix("sha256:") not in server.engine.residents
+    assert stored(server) == set()
+
+
+async def test_an_upload_takes_the_deletion_of_its_content_back(
+    server: Any, until: Callable[..., Any]
+) -> None:
+    """The bug this guards: its requests were told `adapter_deleted` until the other name had
+    drained.
+    """
+    made = await server.upload("old")
+    digest = made["digest"].removeprefix("sha256:")
+    server.engine.kept.clear()
+    server.engine.forget_hold = asyncio.Event()
+    deletion = asyncio.create_task(server.http.delete("/v1/adapters/old"))
+    await until(lambda: server.engine.forgotten)
+    await server.upload("new")
+    assert server.engine.kept == [digest]
+    server.engine.forget_hold.set()
+    assert (await deletion).status_code == 200
+    assert server.engine.forgotten == [digest], "the content is somebody's"
+    assert stored(server) == {made["digest"]}
+
+
 async def test_an_adapter_in_use_is_deleted_only_by_force(
     server: Any, until: Callable[..., Any]
 ) -> None:
@@ -259,6 +297,8 @@ async def test_new_requests_are_refused_while_it_drains(
     forget = server.engine.forget
 
     async def slow_forget(digest: str, **options: Any) -> Any:
+        if go_on.is_set():  # the second time, when its files are gone
+            return await forget(digest, **options)
         assert options["timeout_s"] == 30
         draining.set()
         await go_on.wait()
