@@ -187,10 +187,11 @@ class AdapterLoader:
                 done = self._done.get_nowait()
             except queue.Empty:
                 return ended
-            if done.stage is Stage.DEVICE and done.ok:
-                self._pool.publish(done.digest, self._images[done.digest])
-            elif done.stage is Stage.DEVICE and self._pool.holds(done.digest):
-                self._pool.remove(done.digest)
+            if done.stage is Stage.DEVICE:
+                if done.ok:
+                    self._pool.publish(done.digest, self._images[done.digest])
+                elif self._pool.holds(done.digest):
+                    self._pool.remove(done.digest)
             elif not done.ok:
                 self._arena.give_back(self._frames.pop(done.digest))
             ended.append(done)

@@ -141,6 +141,8 @@ def test_no_room_is_reported_like_any_end(watched: Watched, digests: dict[str, s
     (done,) = watched.loader.poll()
     assert (done.stage, done.ok, done.code) == (Stage.DEVICE, False, "adapter_memory")
     watched.pool.check_invariants()
+    size = watched.loader.describe(digests["rank24"])
+    assert watched.loader.drop_host(digests["rank24"]) == size.host_bytes, "the image is there"
 
 
 def test_an_adapter_larger_than_the_pool_can_never_be_loaded(
