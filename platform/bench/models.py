@@ -84,23 +84,27 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def write_model(folder: Path, shape: LlamaShape, seed: int = 0) -> Path:
-    """A random bf16 Llama of this shape; returns `folder`, which is made."""
+def write_model(folder: Path, shape: LlamaShape, seed: int = 0, scale: float = _SCALE) -> Path:
+    """A random bf16 Llama of this shape; returns `folder`, which is made.
+
+    scale: standard deviation of the weights. The usual one leaves the answers of a small model to
+    its embeddings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = shape.config()
     rng = np.random.default_rng(seed)
     hidden = shape.hidden_size
     tensors: dict[str, NDArray[np.uint16]] = {
-        "model.embed_tokens.weight": _random(rng, shape.vocab_size, hidden),
+        "model.embed_tokens.weight": _random(rng, shape.vocab_size, hidden, scale=scale),
         "model.norm.weight": _bf16(np.ones(hidden, np.float32)),
-        "lm_head.weight": _random(rng, shape.vocab_size, hidden),
+        "lm_head.weight": _random(rng, shape.vocab_size, hidden, scale=scale),
     }
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = _bf16(np.ones(hidden, np.float32))
         for path, (out_size, in_size) in linear_shapes(config).items():
-            tensors[f"{prefix}{path}.weight"] = _random(rng, out_size, in_size)
+            tensors[f"{prefix}{path}.weight"] = _random(rng, out_size, in_size, scale=scale)
     write_safetensors(folder / "model.safetensors", tensors)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
@@ -178,8 +182,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[np.uint16]]) -> 
             file.write(tensor.astype("<u2", copy=False).tobytes())
 
 
-def _random(rng: np.random.Generator, *shape: int) -> NDArray[np.uint16]:
-    return _bf16(rng.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE))
+def _random(rng: np.random.Generator, *shape: int, scale: float = _SCALE) -> NDArray[np.uint16]:
+    return _bf16(rng.standard_normal(shape, dtype=np.float32) * np.float32(scale))
 
 
 def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -79,5 +79,13 @@ def upload_adapter() -> Any:
 
 
 @pytest.fixture(scope="session")
+def soak_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny model, adapters of every kind made by peft, and what they must say."""
+    from loraplex.platform.bench.soak.world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), 12, 3, seed=1)
+
+
+@pytest.fixture(scope="session")
 def server_class() -> Any:
     return server_module.Server
