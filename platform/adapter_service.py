@@ -8,8 +8,8 @@ engine let go, then deletes the rows, then the files. Knows nothing of HTTP bodi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from loraplex.platform.db import Database
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
 from loraplex.platform.finishing import finished
+from loraplex.platform.letting_go import forget_stragglers, keep
 from loraplex.platform.models import Adapter, AdapterVersion, utc_now
 from loraplex.platform.names import Reference, adapter_not_found
 from loraplex.platform.registration import Registration
@@ -202,7 +203,7 @@ class AdapterService:
                 await self._remove_unused(manifest.digest)
                 raise
         self._resolver.forget()
-        await self._keep([manifest.digest])  # a deletion of the same content may be under way
+        await keep(self._engine, [manifest.digest])  # while another name of it is deleted
         self._on_registered()
         return adapter, created
 
@@ -366,7 +367,7 @@ class AdapterService:
             freed = await self._release(leaving, force, drain_timeout_s)
         except BaseException:
             await asyncio.shield(self._set_status(leaving, "ready"))
-            await asyncio.shield(self._keep({row.digest for row in leaving}))
+            await asyncio.shield(keep(self._engine, {row.digest for row in leaving}))
             raise
         async with self._files_lock:
             return await asyncio.shield(self._finish_delete(caller, name, leaving, freed))
@@ -444,7 +445,7 @@ class AdapterService:
         for digest in {row.digest for row in leaving}:
             if removed := await self._remove_unused(digest):
                 freed.disk_bytes += removed
-                await self._forget_stragglers(digest, freed)
+                await forget_stragglers(self._engine, digest, freed)
         return AdapterDeleted(id=name, versions=[row.version for row in leaving], freed=freed)
 
     async def _remove_unused(self, digest: str) -> int:
@@ -453,20 +454,6 @@ class AdapterService:
             if await ContentRepository(session).in_use(digest):
                 return 0
         return await asyncio.to_thread(self._store.remove, digest)
-
-    async def _forget_stragglers(self, digest: str, freed: Freed) -> None:
-        """Whoever resolved the content before it was deleted, and reached the engine after it had
-        let go of it, loaded it once more.
-        """
-        with suppress(EngineDead):
-            released = await self._engine.forget(digest, force=True, timeout_s=0.0)
-            freed.device_bytes += released.device_bytes
-            freed.host_bytes += released.host_bytes
-
-    async def _keep(self, digests: Iterable[str]) -> None:
-        for digest in digests:
-            with suppress(EngineDead):
-                await self._engine.keep(digest)
 
     async def _set_status(self, rows: list[AdapterVersion], status: str) -> None:
         async with self._db.unit_of_work() as session:
