@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from loraplex.platform.bench.soak.world import BASE, Composition, Tokens, World
 
 MAX_TOLD = 20  # violations kept in words, MAX_ALIKE of those that begin alike; all are counted
 MAX_ALIKE = 3
+KIND_CHARS = 40
 SHOWN = 6  # tokens of an answer in a message
 
 
@@ -48,7 +50,7 @@ class Ledger:
 
     def wrong(self, what: str) -> None:
         self.num_violations += 1
-        kind = ":".join(what.split(":")[:2])
+        kind = re.sub(r"[^a-z ]+", "", what)[:KIND_CHARS]  # the words of it
         self._alike[kind] += 1
         if self._alike[kind] <= MAX_ALIKE and len(self.violations) < MAX_TOLD:
             self.violations.append(what)
