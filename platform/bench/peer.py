@@ -128,11 +128,6 @@ class ServerPeer:
                 time.sleep(0.1)
         raise PeerError(f"the server was not ready after {timeout_s:.0f} s: {self._tail()}")
 
-    @property
-    def pid(self) -> int:
-        """Of the API process; the engine's process is its child."""
-        return self._process.pid
-
     def _tail(self) -> str:
         return " | ".join(self._log_path.read_text(errors="replace").strip().splitlines()[-5:])
 
