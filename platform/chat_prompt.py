@@ -57,15 +57,21 @@ def _render(body: ChatBody, model: ServedModel) -> str:
 
 
 def find_parsing(
-    body: ChatBody, prompt: str, model: ServedModel, tool_format: FormatName | None
+    body: ChatBody,
+    prompt: str,
+    model: ServedModel,
+    tool_format: FormatName | None,
+    *,
+    may_think: bool = True,
 ) -> Parsing | None:
     """What to look for in the answer. None: it is content as it is.
 
-    tool_format: as configured, None = find out.
+    tool_format: as configured, None = find out. may_think: a grammar covers the whole answer, and
+    leaves no room for thoughts.
     """
     template = _template(body, model)
     reasoning = None
-    if marks_reasoning(template) and not body.continue_final_message:
+    if may_think and marks_reasoning(template) and not body.continue_final_message:
         end = prompt.rstrip()
         if not end.endswith(END):  # there the template says: no thoughts this time
             reasoning = end.endswith(BEGIN)

@@ -134,8 +134,6 @@ class ChatBody(GenerationBody):
             return found, f"{found} was replaced by OpenAI; send tools and tool_choice"
         if self.modalities not in (None, [], ["text"]):
             return "modalities", "only text comes out of this model"
-        if self.offered_tools and self.tool_choice not in (None, "auto"):
-            return "tool_choice", "tool_choice other than none and auto is not supported yet"
         return super().unsupported()
 
     @property

@@ -22,13 +22,14 @@ from loraplex.platform.chat_schemas import ChatBody
 from loraplex.platform.composition import Composer, Composition
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.errors import ApiError
+from loraplex.platform.forced_tools import forced_tools
 from loraplex.platform.generation import Choice, Generation, TextOptions
 from loraplex.platform.openai_format import Answer, Kind
 from loraplex.platform.openai_schemas import MAX_CHOICES, CompletionBody, GenerationBody
 from loraplex.platform.prompts import Prompt, check_token_ids, encode_prompts, encode_text, fit
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
-from loraplex.platform.structured import structured_output
+from loraplex.platform.structured import Structured, structured_output
 
 BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
 
@@ -93,6 +94,7 @@ class InferenceService:
             prompts,
             echo=echo,
             discard_output=discard_output,
+            structured=structured_output(body),
         )
 
     async def prepare_chat(
@@ -114,11 +116,35 @@ class InferenceService:
         echo: tuple[str, ...] = ()
         if body.echo and body.continue_final_message:
             echo = (body.messages[-1].text,) * body.num_choices
+        structured = structured_output(body)
+        forced = forced_tools(body)
+        if forced is not None and structured is not None:
+            raise ApiError(
+                "invalid_request",
+                f"tool_choice asks for calls and {structured.param} for something else; send one "
+                "of them",
+                param="tool_choice",
+            )
+        chosen = composition.defaults.tool_format or self._tool_format
+        structured = structured or forced
         parsing = find_parsing(
-            body, text, model, composition.defaults.tool_format or self._tool_format
+            body,
+            text,
+            model,
+            chosen if forced is None else "json",
+            may_think=structured is None,
         )
         return self._prepared(
-            "chat", body, model, caller, name, composition, [prompt], echo=echo, parsing=parsing
+            "chat",
+            body,
+            model,
+            caller,
+            name,
+            composition,
+            [prompt],
+            echo=echo,
+            parsing=parsing,
+            structured=structured,
         )
 
     def _prepared(
@@ -134,6 +160,7 @@ class InferenceService:
         echo: tuple[str, ...] = (),
         discard_output: bool = False,
         parsing: Parsing | None = None,
+        structured: Structured | None = None,
     ) -> Prepared:
         num_choices = body.num_sampled
         if len(prompts) * num_choices > MAX_CHOICES:
@@ -146,7 +173,6 @@ class InferenceService:
             )
         _check_token_lists(body, model.info.vocab_size)
         composition = composition.in_prompts([prompt.token_ids for prompt in prompts])
-        structured = structured_output(body)
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         answer_id = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
         show_special = body.skip_special_tokens is False

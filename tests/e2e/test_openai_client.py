@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -121,6 +122,98 @@ def test_seeded_sampling_repeats(client: openai.OpenAI, uploaded: list[str]) -> 
         for seed in (1, 1, 2, 3, 4)
     }
     assert 2 <= len(texts) <= 4  # equal seeds agree; different seeds do not all agree
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"$ref": "#/$defs/city"}, "days": {"enum": [1, 2, 3]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+            "$defs": {"city": {"enum": ["Rome", "Oslo"]}},
+        },
+    },
+}
+ADD: Any = {"type": "function", "function": {"name": "add", "parameters": {"const": {"a": 1}}}}
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def is_sound(function: Any) -> bool:
+    arguments = json.loads(function.arguments)
+    if function.name == "add":
+        return bool(arguments == {"a": 1})
+    assert function.name == "weather"
+    return arguments["city"] in ("Rome", "Oslo") and arguments["days"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_forced_tools_follow_their_schemas_whatever_the_model_would_say(
+    client: openai.OpenAI, uploaded: list[str], choice: str
+) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    asked: Any = {
+        "model": uploaded[0],
+        "messages": [{"role": "user", "content": "hello"}],
+        "tools": [WEATHER, ADD],
+        "tool_choice": named if choice == "named" else "required",
+        "parallel_tool_calls": False,
+        "temperature": 0,
+        "max_tokens": 120,
+        "extra_body": {"chat_template": WITH_TOOLS},
+    }
+    answer = client.chat.completions.create(**asked)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    [call] = answer.choices[0].message.tool_calls or []
+    assert is_sound(call.function)  # type: ignore[union-attr]
+    if choice == "named":
+        assert call.function.name == "weather"  # type: ignore[union-attr]
+    text = ""
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or ():
+            assert part.function is not None
+            text += part.function.arguments or ""
+    assert text == call.function.arguments  # type: ignore[union-attr]
+
+
+def test_embeddings_of_the_base_and_of_an_adapter(
+    client: openai.OpenAI, uploaded: list[str]
+) -> None:
+    def embed(model: str, texts: list[str], **more: Any) -> list[list[float]]:
+        answer = client.embeddings.create(model=model, input=texts, extra_body=more)
+        return [item.embedding for item in answer.data]
+
+    texts = ["hello", "good morning to all of you", "hello"]
+    base = embed(base_model(client), texts)
+    assert base[0] == pytest.approx(base[2], abs=1e-4)
+    assert base[0] != pytest.approx(base[1], abs=1e-2)
+    assert sum(value * value for value in base[0]) == pytest.approx(1, abs=1e-4)
+    adapted = embed(uploaded[0], texts)
+    assert adapted[0] != pytest.approx(base[0], abs=1e-2)
+    mean = embed(base_model(client), texts, pooling="mean")
+    assert mean[1] != pytest.approx(base[1], abs=1e-2)
+    cut = client.embeddings.create(model=base_model(client), input="hello", dimensions=8)
+    assert len(cut.data[0].embedding) == 8
+
+
+def test_hugging_faces_client_chats(demo_server: Any, uploaded: list[str]) -> None:
+    from huggingface_hub import InferenceClient
+
+    hub = InferenceClient(base_url=demo_server.url, api_key="unused")
+    messages = [{"role": "user", "content": "hello"}]
+    answer = hub.chat_completion(messages, model=uploaded[0], max_tokens=12, temperature=0)
+    text = answer.choices[0].message.content
+    assert text
+    stream = hub.chat_completion(
+        messages, model=uploaded[0], max_tokens=12, temperature=0, stream=True
+    )
+    parts = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
+    assert "".join(part or "" for part in parts) == text
 
 
 def test_errors_are_the_clients_own_classes(client: openai.OpenAI, uploaded: list[str]) -> None:

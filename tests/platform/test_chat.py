@@ -88,6 +88,77 @@ async def test_tool_choice_and_parallel_calls(talker: Any) -> None:
     assert len(one["choices"][0]["message"]["tool_calls"]) == 1
 
 
+PAY = {
+    "type": "function",
+    "function": {
+        "name": "pay",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"$ref": "#/$defs/who"}, "$ref": {"type": "null"}},
+            "$defs": {"who": {"type": "string"}},
+        },
+    },
+}
+
+
+def schema_of(server: Any) -> Any:
+    grammar = server.engine.seen[-1].sampling.grammar
+    assert grammar.kind == "json_schema"
+    return json.loads(grammar.text)
+
+
+async def test_required_calls_follow_a_schema_of_all_tools(talker: Any) -> None:
+    said = '[{"name": "add", "arguments": {"a": 1}}, {"name": "pay", "arguments": {}}]'
+    answer = await say(talker, said, tools=[ADD, PAY], tool_choice="required")
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    calls = [c["function"] for c in choice["message"]["tool_calls"]]
+    assert calls == [
+        {"name": "add", "arguments": '{"a": 1}'},
+        {"name": "pay", "arguments": "{}"},
+    ]
+    schema = schema_of(talker)
+    assert (schema["type"], schema["minItems"]) == ("array", 1)
+    add, pay = schema["items"]["anyOf"]
+    assert add["properties"]["name"] == {"const": "add"}
+    assert add["properties"]["arguments"] == ADD["function"]["parameters"]  # type: ignore[index]
+    assert pay["properties"]["arguments"] == {"$ref": "#/$defs/tool1"}
+    moved = schema["$defs"]["tool1"]["properties"]
+    assert moved == {"to": {"$ref": "#/$defs/tool1/$defs/who"}, "$ref": {"type": "null"}}
+    one = '{"name": "add", "arguments": {"a": 1}}'
+    body = {"tools": [ADD, PAY], "tool_choice": "required", "parallel_tool_calls": False}
+    answer = await say(talker, one, **body)
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+    assert "anyOf" in schema_of(talker)
+
+
+async def test_a_named_tool_is_called_once(talker: Any) -> None:
+    named = {"type": "function", "function": {"name": "add"}}
+    said = '{"name": "add", "arguments": {"a": 1}}'
+    chunks = await say(talker, said, tools=[ADD, PAY], tool_choice=named, stream=True)
+    parts = [
+        call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())
+    ]
+    assert parts[0]["function"]["name"] == "add"
+    assert "".join(part["function"]["arguments"] for part in parts) == '{"a": 1}'
+    assert schema_of(talker)["properties"]["name"] == {"const": "add"}
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [ADD],
+        "tool_choice": "required",
+        "response_format": {"type": "json_object"},
+    }
+    both = await talker.http.post("/v1/chat/completions", json=body)
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "tool_choice")
+
+
+async def test_a_structured_answer_is_no_thought(talker: Any) -> None:
+    body = {"chat_template": "<think></think><think>", "response_format": {"type": "json_object"}}
+    answer = await say(talker, '{"a": 1}', **body)
+    assert answer["choices"][0]["message"]["content"] == '{"a": 1}'
+
+
 async def test_a_malformed_call_is_content(talker: Any) -> None:
     text = '<tool_call>{"name": "add", "arguments": {"a": oops}}</tool_call>'
     answer = await say(talker, text, tools=[ADD])
