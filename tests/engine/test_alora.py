@@ -112,10 +112,10 @@ def test_a_mixed_batch_equals_peft(
     wanted = wanted[:5:2] if is_slow else wanted
     sequences = [bench.sequence(prompt, adapter) for adapter, prompt, _ in wanted]
     found = bench.all_logits(sequences, chunk)
-    for seq, (adapter, prompt, changes) in zip(sequences, wanted, strict=True):
+    for seq, (adapter, prompt, is_changed) in zip(sequences, wanted, strict=True):
         expected, base = reference.logits(prompt, adapter), reference.logits(prompt, None)
         torch.testing.assert_close(found[seq.seq_id], expected, **CLOSE)
-        assert ((expected - base).abs().max() > 0.5) == changes, (adapter, prompt)
+        assert ((expected - base).abs().max() > 0.5) == is_changed, (adapter, prompt)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
