@@ -33,6 +33,8 @@ from loraplex.adapters.targets import ALL_LINEAR, Targets
 MAX_RANK = 4096  # beyond this it is a typing error; `Limits.max_rank` says what a server takes
 MAX_ALPHA = 1e6
 MAX_ENTRIES = 4096  # of target_modules, rank_pattern...
+MAX_SAVED = 512  # of modules_to_save
+MAX_TOKEN_MODULES = 16  # of trainable_token_indices
 MAX_REGEX_KEYS = 64  # of a pattern table that need the automaton
 MAX_INVOCATION_TOKENS = 1024
 MAX_TOKEN_ID = 2**31 - 1
@@ -339,8 +341,9 @@ class _Reader:
 
     def _saved(self) -> tuple[str, ...]:
         value = self.raw.get("modules_to_save") or []
-        if not _is_names(value) or not all(_PLAIN_NAME.fullmatch(name) for name in value):
-            self._invalid("modules_to_save", "a list of module names", value)
+        plain = _is_names(value) and all(_PLAIN_NAME.fullmatch(name) for name in value)
+        if not plain or len(value) > MAX_SAVED:
+            self._invalid("modules_to_save", f"a list of at most {MAX_SAVED} module names", value)
             return ()
         return tuple(value)
 
@@ -349,7 +352,7 @@ class _Reader:
         if value is None or value in ([], {}):
             return {}
         entries = value if isinstance(value, dict) else {None: value}
-        if len(entries) > MAX_ENTRIES or not all(map(_are_tokens, entries.values())):
+        if len(entries) > MAX_TOKEN_MODULES or not all(map(_are_tokens, entries.values())):
             must = "different token ids, or an object of such lists by module"
             self._invalid("trainable_token_indices", must, value)
             return {}

@@ -176,6 +176,9 @@ def _warnings(config: AdapterConfig, findings: Findings, base_model: str | None)
         shown = ", ".join(repr(key[:80]) for key in unmatched[:3])
         message = f"{len(unmatched)} keys of rank_pattern or alpha_pattern match nothing: {shown}"
         warnings.append(Problem("pattern_unmatched", message, file=CONFIG_FILE))
+    if config.bias != "none" and _lacks_biases(config, findings):
+        message = f"bias is {config.bias}, but the file has no bias: those of the base model stay"
+        warnings.append(_problem("bias_missing", message))
     idle = _idle(findings)
     others = any(key.part not in _FACTORS for key in findings.placed)
     if len(idle) == len(loras) and not others:
@@ -191,6 +194,14 @@ def _warnings(config: AdapterConfig, findings: Findings, base_model: str | None)
 
 
 _FACTORS = (Part.A, Part.B, Part.EMBEDDING_A, Part.EMBEDDING_B)
+
+
+def _lacks_biases(config: AdapterConfig, findings: Findings) -> bool:
+    """Older releases of PEFT trained the biases of lora_only and did not save them."""
+    loras = findings.effects.loras
+    meant = [m for m in findings.modules if m.bias and (config.bias == "all" or m.path in loras)]
+    there = any(key.part in (Part.BIAS, Part.BASE_BIAS) for key in findings.placed)
+    return bool(meant) and not there
 
 
 def _idle(findings: Findings) -> Sequence[str]:

@@ -39,16 +39,15 @@ def resolve(config: AdapterConfig, modules: Sequence[ModuleShape]) -> Effects:
     keeps = list(config.modules_to_save)
     ties_saved = config.ensure_weight_tying and tied and any(map(_names_table, keeps))
     if ties_saved:
-        keeps = [name for name in keeps if not _within(name)(HEAD)] + [EMBEDDING]
+        keeps = [name for name in keeps if not _within([name])(HEAD)] + [EMBEDDING]
     saved = _saved(keeps, modules, problems) | ({EMBEDDING, HEAD} if ties_saved else set())
     shares_lora = (
         config.ensure_weight_tying and tied and not ties_saved and config.targets.names_tables
     )
     loras: dict[str, ModuleLora] = {}
     try:
-        excluded = [_within(name) for name in keeps]
         more = (EMBEDDING, HEAD) if shares_lora else ()
-        loras = config.resolve(modules, lambda path: any(hit(path) for hit in excluded), more)
+        loras = config.resolve(modules, _within(keeps), more)
     except AdapterRefused as refused:
         problems += refused.problems
     if beyond := sorted(m.path for m in modules if m.kind == "qk_norm" and m.path in saved):
@@ -137,9 +136,11 @@ def _names_table(name: str) -> bool:
     return name.rpartition(".")[2] in (EMBEDDING.rpartition(".")[2], HEAD)
 
 
-def _within(name: str) -> Callable[[str], bool]:
-    """Whether a path has this name in it, as whole parts between dots. `name` is a plain one."""
-    regex = re.compile(rf"(^|.*\.){name}($|\..*)")
+def _within(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path has one of these plain names in it, as whole parts between dots."""
+    if not names:
+        return lambda path: False
+    regex = re.compile(rf"(^|.*\.)(?:{'|'.join(names)})($|\..*)")
     return lambda path: regex.match(path) is not None
 
 

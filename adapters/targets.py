@@ -95,10 +95,16 @@ class Targets:
     ) -> list[Problem]:
         """others: what no LoRA can be put around."""
         problems = []
-        whole = isinstance(self.modules, str)
-        for target in [self.modules] if isinstance(self.modules, str) else self.modules:
-            chosen = _chooser(target if whole else (target,))
-            beyond = [path for path in others if chosen(path) and free(path)]
+        names = sorted({path.rpartition(".")[2] for path in paths})
+        if isinstance(self.modules, str):
+            chosen = _chooser(self.modules)
+            found = {self.modules: [path for path in paths if chosen(path)]}
+            wrong = {self.modules: [path for path in others if chosen(path)]}
+            targets: tuple[str, ...] = (self.modules,)
+        else:
+            found, wrong, targets = _by_ending(paths), _by_ending(others), self.modules
+        for target in targets:
+            beyond = [path for path in wrong.get(target, ()) if free(path)]
             if beyond and target != ALL_LINEAR:
                 problems.append(
                     _problem(
@@ -107,8 +113,7 @@ class Targets:
                         "LoRA cannot adapt; name the linear modules only",
                     )
                 )
-            elif not any(chosen(path) for path in paths):
-                names = sorted({path.rpartition(".")[2] for path in paths})
+            elif not found.get(target):
                 problems.append(
                     _problem(
                         "target_unmatched",
@@ -131,6 +136,16 @@ class Targets:
             for layer in self.layers
             if layer not in there
         ]
+
+
+def _by_ending(paths: Sequence[str]) -> dict[str, list[str]]:
+    """The paths that equal a name or end with it after a dot, by all names that do so."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split(".")
+        for start in range(len(parts)):
+            found.setdefault(".".join(parts[start:]), []).append(path)
+    return found
 
 
 def _takes(module: ModuleShape) -> bool:

@@ -93,6 +93,7 @@ def _compare(config: AdapterConfig, findings: Findings) -> None:
     needed = set(_needed(config, findings))
     welcome = set(_welcome(config, findings))
     findings.unread = set(_unread(findings)) & placed.keys()
+    known = needed | welcome | findings.unread
     paths = {key.path for key in placed if key.part in _FACTORS}
     for key in sorted(needed - placed.keys()):
         if key.part in _FACTORS and key.path in paths:
@@ -102,7 +103,7 @@ def _compare(config: AdapterConfig, findings: Findings) -> None:
         message = f"the config changes {key.path} but the file has no {key.part} for it"
         findings.problems.append(_problem("tensor_missing", message, key.canonical))
     for key, info in placed.items():
-        if key not in needed | welcome | findings.unread:
+        if key not in known:
             code, message = _untargeted(key)
             findings.problems.append(_problem(code, f"{info.name}: {message}", info.name))
         elif key.part in _FACTORS and len(info.shape) == 2:

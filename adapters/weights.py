@@ -113,7 +113,7 @@ def _load_extras(file: WeightsFile, manifest: AdapterManifest, locate: Locate) -
         if m.magnitude is not None:
             magnitudes[key] = file.vector(m.magnitude, m.out_features, m.rows)
         if m.delta_bias is not None:
-            delta_biases[key] = m.scaling * file.vector(m.delta_bias, m.out_features, m.rows)
+            delta_biases[key] = file.vector(m.delta_bias, m.out_features, m.rows, m.scaling)
     for r in manifest.replacements:
         if r.parameter == "bias":
             biases[_find(r.path, locate, manifest)] = file.vector(r.tensor, r.shape[0], r.rows)

@@ -63,18 +63,28 @@ class WeightsFile:
         """
         return _cast(tensor, self._dtype, name)
 
-    def vector(self, name: str, length: int, rows: Rows | None = None) -> Tensor:
-        """Magnitudes and biases: fp32 whatever the model's dtype."""
-        return _cast(self.read(name, (length,), rows), torch.float32, name)
+    def vector(
+        self, name: str, length: int, rows: Rows | None = None, scaling: float = 1.0
+    ) -> Tensor:
+        """Magnitudes and biases: fp32 whatever the model's dtype.
+
+        Raises: AdapterError "adapter_overflow" if a number, scaled, is beyond its range.
+        """
+        vector = scaling * self.read(name, (length,), rows).to(torch.float32)
+        return _finite(vector, name)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     out = tensor.to(dtype).contiguous()
     # What was stored is finite, see validation.
-    if dtype != tensor.dtype and not out.isfinite().all():
-        kind = str(dtype).removeprefix("torch.")
-        hint = "; serve with --dtype bfloat16" if dtype == torch.float16 else ""
+    return out if dtype == tensor.dtype else _finite(out, name)
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        hint = "; serve with --dtype bfloat16" if tensor.dtype == torch.float16 else ""
         raise AdapterError(
             f"{name} holds weights beyond the range of {kind}{hint}", code="adapter_overflow"
         )
-    return out
+    return tensor

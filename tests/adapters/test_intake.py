@@ -391,6 +391,19 @@ def test_warnings(draft: Any, tmp_path: Path, modules: list[ModuleShape]) -> Non
     assert codes() == ["no_effect"]
 
 
+def test_biases_that_were_meant_and_not_saved(draft: Any, tmp_path: Path) -> None:
+    biased = [
+        ModuleShape(f"model.layers.{layer}.self_attn.{name}", 32, size, bias=True)
+        for layer in range(3)
+        for name, size in (("q_proj", 32), ("v_proj", 16))
+    ]
+    folder = draft.write(tmp_path)
+    assert inspect(folder, biased).warnings == ()
+    draft.config["bias"] = "lora_only"
+    folder = draft.write(tmp_path)
+    assert [p.code for p in inspect(folder, biased).warnings] == ["bias_missing"]
+
+
 # --- the digest ----------------------------------------------------------------------------------
 
 
