@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -40,6 +41,7 @@ from loraplex.platform.inference import InferenceService
 from loraplex.platform.keys import KeyRing
 from loraplex.platform.lifetimes import Lifetimes
 from loraplex.platform.limits import Admission
+from loraplex.platform.openapi_document import document
 from loraplex.platform.proofs import ProofService
 from loraplex.platform.reconcile import reconcile_files, reconcile_model
 from loraplex.platform.request_metrics import RequestMetrics
@@ -194,6 +196,7 @@ def create_app(
         health,
     ):
         app.include_router(routes.router)
+    app.openapi = partial(document, app)  # type: ignore[method-assign]
     return app
 
 

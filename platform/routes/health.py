@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from loraplex.engine.errors import EngineError
@@ -47,7 +47,7 @@ async def server_version(state: State) -> dict[str, str]:
     return {"version": version("loraplex"), "model": state.base_name}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: State) -> Response:
     """Prometheus exposition: `vllm:` names where they apply, `loraplex:` for the rest."""
     snapshot = EngineSnapshot()

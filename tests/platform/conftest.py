@@ -128,7 +128,7 @@ def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
     return _until
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_engine_module() -> Any:
     return fakes
 
@@ -143,6 +143,6 @@ def source_server_module() -> Any:
     return source_server
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def upload_parts() -> Callable[..., dict[str, Any]]:
     return parts
