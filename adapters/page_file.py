@@ -1,8 +1,9 @@
 """An adapter's page image as a file beside its weights, so that loading it is one sequential read.
 
-The file is a cache: derived from the weights for one model's layout, checked when read, rebuilt
-when missing or damaged, and removed with the adapter's folder. It holds a header of whole blocks,
-then the image's frames one after the other.
+The file is a cache: derived from the weights for one model's layout (an image with more than A and
+B: for one model's weights), checked when read, rebuilt when missing or damaged, and removed with
+the adapter's folder. It holds a header of whole blocks, then the image's frames one after the
+other.
 
     header  magic, length and checksum of what follows: the layout's key, the adapter's digest (its
             folder's name), a checksum per frame, the scaling table
@@ -32,6 +33,7 @@ from loraplex.adapters.page_layout import ALIGNMENT, PAGE_RANKS, PageLayout
 from loraplex.adapters.residency import Phase
 
 FORMAT = 1
+PARTS_FORMAT = 1  # of images with parts: what they hold, and how it is computed
 BLOCK = 4096
 _MAGIC = b"LPXPAGES"
 _PREFIX = 8 + 8 + 32  # magic, length, sha256
@@ -41,18 +43,26 @@ _MAX_BUFFERS = 512  # of one preadv or pwritev; systems allow 1024
 
 
 class PageFile:
-    """The page image of adapters under one model's layout."""
+    """The page image of adapters under one model's layout.
+
+    base: names the base model's weights, which an image with parts (`extras_parts.py`) was computed
+    against; images of A and B alone are the same for all models of this layout.
+    """
 
     def __init__(
-        self, num_layers: int, module_shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+        self,
+        num_layers: int,
+        module_shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        base: str = "",
     ) -> None:
         self._table = (num_layers, len(module_shapes))
         layout = [FORMAT, num_layers, list(module_shapes), str(dtype), PAGE_RANKS, ALIGNMENT]
-        self._key = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:32]
+        self._keys = {False: _hashed(layout), True: _hashed([*layout, PARTS_FORMAT, base])}
 
-    def path(self, folder: Path) -> Path:
+    def path(self, folder: Path, *, with_parts: bool = False) -> Path:
         """folder: the adapter's, in the store."""
-        return folder / f"pages-{self._key}.bin"
+        return folder / f"pages-{self._keys[with_parts]}.bin"
 
     def read(
         self,
@@ -65,14 +75,15 @@ class PageFile:
 
         lap: told of each phase that ends.
         """
-        path = self.path(folder)
+        with_parts = bool(layout.parts)
+        path, key = self.path(folder, with_parts=with_parts), self._keys[with_parts]
         try:
             with path.open("rb", buffering=0) as file:
                 found = _read_header(file.fileno())
                 if found is None:
                     return None
                 header, start = found
-                if (header["key"], header["adapter"]) != (self._key, folder.name):
+                if (header["key"], header["adapter"]) != (key, folder.name):
                     return None
                 if not _transfer(os.preadv, file.fileno(), start, frames):
                     return None
@@ -88,8 +99,9 @@ class PageFile:
 
     def write(self, folder: Path, image: PageImage) -> bool:
         """Write the file, atomically; False if the disk does not take it. The folder must exist."""
+        with_parts = bool(image.layout.parts)
         header = {
-            "key": self._key,
+            "key": self._keys[with_parts],
             "adapter": folder.name,
             "frames": [_checksum(frame) for frame in image.frames],
             "scaling": image.scaling.tobytes().hex(),
@@ -97,7 +109,7 @@ class PageFile:
         body = json.dumps(header, separators=(",", ":")).encode()
         head = _MAGIC + len(body).to_bytes(8, "little") + hashlib.sha256(body).digest() + body
         start = -(-len(head) // BLOCK) * BLOCK
-        target = self.path(folder)
+        target = self.path(folder, with_parts=with_parts)
         # Two engines may write it at once: the same bytes, so neither harms the other.
         part = target.with_suffix(".part")
         try:
@@ -111,6 +123,10 @@ class PageFile:
                 part.unlink()
             return False
         return True
+
+
+def _hashed(key: list[object]) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
 def _read_header(fd: int) -> tuple[dict[str, Any], int] | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex.adapters.page_layout import PAGE_RANKS, PageLayout
+from loraplex.adapters.page_layout import PAGE_RANKS, PageLayout, PartName
 from loraplex.adapters.weights import LoadedAdapter
 
 Scaling = np.ndarray[tuple[int, int], np.dtype[np.float32]]  # [num_layers, num_modules]
+
+Parts = Mapping[PartName, Tensor]  # each [rows, width], of its part's dtype
+NO_PARTS: Parts = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,12 +30,26 @@ class PageImage:
 
 
 def build_image(
-    loaded: LoadedAdapter, layout: PageLayout, frames: Sequence[Tensor], num_modules: int
+    loaded: LoadedAdapter,
+    layout: PageLayout,
+    frames: Sequence[Tensor],
+    num_modules: int,
+    parts: Parts = NO_PARTS,
 ) -> PageImage:
-    """Bring loaded weights into pages. Runs anywhere; writes nothing but `frames`."""
-    size = frames[0].numel()
+    """Bring loaded weights into pages, and what else there is beside them. Runs anywhere; writes
+    nothing but `frames`.
+    """
+    size = frames[0].numel() if frames else 1
     for frame in frames:
         frame.zero_()  # rows past the live ranks are read, as zeros
+    for place in layout.parts:
+        part = parts[place.part.name]
+        for first, num_rows, offset in place.pieces():
+            index, start = divmod(offset, size)
+            piece = frames[index][start : start + num_rows * place.part.row_elements].view(
+                part.dtype
+            )
+            piece.view(num_rows, -1).copy_(part[first : first + num_rows])
     scaling = np.zeros((layout.live_ranks.shape[1], num_modules), dtype=np.float32)
     for (layer, kind), module in loaded.modules.items():
         scaling[layer, kind] = module.scaling

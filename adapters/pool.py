@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.extras_parts import NO_EXTRAS, DeviceExtras, ExtrasShape
 from loraplex.adapters.frames import Frames
-from loraplex.adapters.page_image import PageImage, build_image, plain_frames
+from loraplex.adapters.page_image import NO_PARTS, PageImage, Parts, build_image, plain_frames
 from loraplex.adapters.page_layout import (
     PAGE_RANKS,
     Key,
@@ -42,6 +43,7 @@ class _Resident:
     pages: list[int]
     arrival: Arrival | None  # None: its bytes are there when `copy` returns
     published: bool = False
+    extras: DeviceExtras | None = None  # once published, if it has any
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ class PagePool:
         self._free_pages = list(range(self.num_pages))  # a heap: low numbers first
         self._residents: dict[str, _Resident] = {}
         self._unfinished: list[tuple[list[int], Arrival]] = []  # removed while bytes still came
+        self._num_with_extras = 0
 
     # --- sizes
 
@@ -127,9 +130,10 @@ class PagePool:
     def bytes_used(self) -> int:
         return self.bytes_total - self.frames.num_free * self.frame_bytes
 
-    def layout(self, ranks: Mapping[Key, int]) -> PageLayout:
-        """Pack the tiles of an adapter. ranks: rank of each adapted (layer, module), all >= 1."""
-        return pack_tiles(ranks, self.num_layers, self.module_shapes)
+    def layout(self, ranks: Mapping[Key, int], extras: ExtrasShape = NO_EXTRAS) -> PageLayout:
+        """Pack an adapter. ranks: rank of each adapted (layer, module), all >= 1."""
+        parts = extras.parts(self.module_shapes, self.dtype)
+        return pack_tiles(ranks, self.num_layers, self.module_shapes, parts)
 
     def device_bytes(self, layout: PageLayout) -> int:
         return layout.num_frames * self.frame_bytes
@@ -140,16 +144,21 @@ class PagePool:
     # --- images
 
     def build_image(
-        self, loaded: LoadedAdapter, frames: Sequence[Tensor] | None = None
+        self,
+        loaded: LoadedAdapter,
+        frames: Sequence[Tensor] | None = None,
+        parts: Parts = NO_PARTS,
     ) -> PageImage:
         """Bring loaded weights into the pool's layout. Runs anywhere; touches no pool state.
 
         frames: host memory to fill, `num_image_frames` of it; None for memory of its own.
+        parts: of its extras (`extras_parts.Prepared`).
         """
-        layout = self.layout({key: module.rank for key, module in loaded.modules.items()})
+        ranks = {key: module.rank for key, module in loaded.modules.items()}
+        layout = self.layout(ranks, ExtrasShape.of(loaded.extras))
         if frames is None:
             frames = plain_frames(layout, self.frame_elements, self.dtype)
-        return build_image(loaded, layout, frames, len(self.module_shapes))
+        return build_image(loaded, layout, frames, len(self.module_shapes), parts)
 
     # --- residence
 
@@ -203,6 +212,15 @@ class PagePool:
             torch.from_numpy(layout.live_ranks),
             torch.from_numpy(scaling),
         )
+        if layout.parts:
+            size = self.frame_elements
+            resident.extras = DeviceExtras.find(
+                layout.parts,
+                self.arena,
+                lambda at: int(starts[at // size]) + at % size,
+                self._transport.upload,
+            )
+            self._num_with_extras += 1
         resident.published = True
         self.version += 1
         return list(resident.pages)
@@ -222,6 +240,8 @@ class PagePool:
             nothing = torch.zeros(shape, dtype=torch.int32)
             self._write_tables(resident.pages, nowhere, nowhere, nothing, nothing.float())
             self.version += 1
+        if resident.extras is not None:
+            self._num_with_extras -= 1
         self.frames.give_back(digest, resident.frames)
         if resident.arrival is not None and not resident.arrival.is_complete:
             self._unfinished.append((resident.frames, resident.arrival))
@@ -245,8 +265,17 @@ class PagePool:
 
     def adapted(self, digest: str) -> frozenset[Key]:
         """The (layer, module) pairs an adapter changes."""
-        layers, modules = np.nonzero(self._residents[digest].layout.live_ranks[0])
+        layers, modules = np.nonzero(self._residents[digest].layout.live_ranks.any(axis=0))
         return frozenset(zip(layers.tolist(), modules.tolist(), strict=True))
+
+    @property
+    def has_extras(self) -> bool:
+        """Some published adapter has."""
+        return self._num_with_extras > 0
+
+    def extras(self, digest: str) -> DeviceExtras | None:
+        """What a published adapter has beyond its pages."""
+        return self._residents[digest].extras
 
     def arriving(self, digests: Iterable[str]) -> tuple[Arrival, ...]:
         """Of these published adapters, the arrivals not complete: a step has to wait, by layer."""
@@ -285,6 +314,8 @@ class PagePool:
         live_ranks: Tensor,
         scaling: Tensor,
     ) -> None:
+        if not pages:
+            return
         upload = self._transport.upload
         rows = upload(torch.tensor(pages))
         self.offset_a.index_copy_(0, rows, upload(offset_a))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraplex.adapters.page_file import BLOCK, PageFile
 from loraplex.adapters.page_image import PageImage
-from loraplex.adapters.page_layout import PageLayout, frame_elements, pack_tiles
+from loraplex.adapters.page_layout import PageLayout, Part, frame_elements, pack_tiles
 
 SHAPES = ((48, 64), (48, 32), (48, 32), (64, 48), (48, 96), (48, 96), (96, 48))
 LAYERS = 3
@@ -60,6 +60,20 @@ def test_another_model_or_dtype_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert files[0].write(tmp_path, image())
     os.rename(files[0].path(tmp_path), files[1].path(tmp_path))  # not fooled by the name
     assert files[1].read(tmp_path, layout(), frames(layout(), torch.float16)) is None
+
+
+def test_an_image_with_parts_belongs_to_the_weights_it_was_computed_with(tmp_path: Path) -> None:
+    """One of A and B alone does not: it serves every model of its layout."""
+    parts = [Part(("shift", 0, 0), 1, 64)]
+    ranks = {(0, 0): 4}
+    for wanted in ([], parts):
+        of = pack_tiles(ranks, LAYERS, SHAPES, wanted)
+        scaling = np.ones((LAYERS, 7), dtype=np.float32)
+        one, other = (PageFile(LAYERS, SHAPES, torch.bfloat16, base) for base in ("one", "other"))
+        assert one.write(tmp_path, PageImage(of, frames(of, torch.bfloat16), scaling))
+        assert one.read(tmp_path, of, frames(of, torch.bfloat16)) is not None
+        read = other.read(tmp_path, of, frames(of, torch.bfloat16))
+        assert (read is None) == bool(wanted)
 
 
 def test_another_adapters_file_is_a_miss(tmp_path: Path) -> None:
