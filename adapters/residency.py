@@ -63,6 +63,7 @@ class AdapterSize:
     """What an adapter will take, known from its manifest before anything is loaded.
 
     invocation_tokens: where in a prompt it begins to apply; empty: at its first token.
+    needs_weight_one: it is not linear in its weight, so it can be neither scaled nor composed.
     """
 
     rank: int
@@ -70,6 +71,7 @@ class AdapterSize:
     device_bytes: int
     host_bytes: int
     invocation_tokens: tuple[int, ...] = ()
+    needs_weight_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)

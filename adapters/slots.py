@@ -170,6 +170,10 @@ class AdapterSlots:
         sizes = {digest: self._residents[digest].size for digest in digests}
         return {d: size.invocation_tokens for d, size in sizes.items() if size.invocation_tokens}
 
+    def needing_weight_one(self, digests: Iterable[str]) -> list[str]:
+        """Those that can be neither scaled nor composed. They were checked before."""
+        return [d for d in digests if self._residents[d].size.needs_weight_one]
+
     def is_ready(self, digests: Iterable[str]) -> bool:
         """All are on the device and take new sequences."""
         residents = map(self._residents.get, digests)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from loraplex.adapters.errors import AdapterError
+from loraplex.adapters.extras_parts import ExtrasShape, Prepared
 from loraplex.adapters.host_arena import HostArena
 from loraplex.adapters.page_file import PageFile
 from loraplex.adapters.page_image import PageImage
@@ -27,8 +28,9 @@ from loraplex.adapters.page_layout import PageLayout
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.residency import AdapterSize, LoadDone, Phase, Stage
 from loraplex.adapters.store import AdapterStore
-from loraplex.adapters.weights import load_weights, locate
+from loraplex.adapters.weights import LoadedAdapter, load_weights, locate
 from loraplex.engine.api import ModuleShape
+from loraplex.engine.base_weights import BaseWeights
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ class _Job:
 class AdapterLoader:
     """store_root: the content-addressed store. modules: what adapters of this model may target.
     host_bytes: memory set aside for host images, pinned where that helps; an image past it has
-    memory of its own.
+    memory of its own. base: the base model's weights, which some adapters refer to; None: such
+    adapters fail.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class AdapterLoader:
         pool: PagePool,
         modules: Sequence[ModuleShape],
         host_bytes: int = 0,
+        base: BaseWeights | None = None,
     ) -> None:
         self.on_done: Callable[[], None] = lambda: None  # called in the loader's thread
         self._store = AdapterStore(store_root)
@@ -82,7 +86,10 @@ class AdapterLoader:
             host_bytes, pool.frame_elements, pool.dtype, pinned=pool.arena.device.type == "cuda"
         )
         self._layouts: dict[str, PageLayout] = {}
-        self._files = PageFile(pool.num_layers, pool.module_shapes, pool.dtype)
+        self._base = base
+        self._files = PageFile(
+            pool.num_layers, pool.module_shapes, pool.dtype, base.fingerprint if base else ""
+        )
         self._unsaved: deque[str] = deque()  # read from their weights, without a page file yet
         self._frames: dict[str, list[Tensor]] = {}  # of images, built or being built
         self._images: dict[str, PageImage] = {}
@@ -110,23 +117,20 @@ class AdapterLoader:
                 f"adapter {digest[:12]} was made for another base model: {mismatches[0].message}",
                 code=mismatches[0].code,
             )
-        if unserved := set(manifest.features) - {"alora", "fused_projections"}:
-            raise AdapterError(
-                f"adapter {digest[:12]} uses {', '.join(sorted(unserved))}, not served yet",
-                code="feature_unsupported",
-            )
         ranks = {}
         for module in manifest.modules:
             key = locate(module.path)
             assert key is not None, f"{module.path} is a module of the model, but has no column"
             ranks[key] = module.rank
-        layout = self._layouts[digest] = self._pool.layout(ranks)
+        extras = ExtrasShape.of_manifest(manifest)
+        layout = self._layouts[digest] = self._pool.layout(ranks, extras)
         size = AdapterSize(
             rank=manifest.rank,
             pages=layout.num_pages,
             device_bytes=self._pool.device_bytes(layout),
             host_bytes=self._pool.host_bytes(layout),
             invocation_tokens=manifest.invocation_tokens,
+            needs_weight_one=manifest.needs_weight_one,
         )
         if size.device_bytes > self._pool.bytes_max:
             raise AdapterError(
@@ -148,7 +152,8 @@ class AdapterLoader:
             if image is None:
                 weights = load_weights(folder, self._pool.dtype)
                 watch.lap(Phase.READ)
-                image = self._pool.build_image(weights, frames)
+                prepared = self._prepare(weights)
+                image = self._pool.build_image(prepared.loaded, frames, prepared.parts)
                 watch.lap(Phase.BUILD)
                 self._unsaved.append(digest)
             self._images[digest] = image
@@ -195,6 +200,12 @@ class AdapterLoader:
             elif not done.ok:
                 self._arena.give_back(self._frames.pop(done.digest))
             ended.append(done)
+
+    def _prepare(self, weights: LoadedAdapter) -> Prepared:
+        if self._base is None:
+            assert not weights.extras, "an adapter that refers to a base model, and none is there"
+            return Prepared(weights)
+        return self._base.prepare(weights)
 
     def _work(self) -> None:
         torch.get_num_threads()  # makes torch settle this thread's number before we change it

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from loraplex.adapters.pool import PagePool
 from loraplex.engine.api import AdapterUse
+from loraplex.engine.lane import Run
 from loraplex.engine.seams import Schedule, ScheduledSequence
 from loraplex.kernels.ops import AttentionBatch, LoraBatch, PageTables
 
 BlockTables = np.ndarray[tuple[int, int], np.dtype[np.int32]]
-Run = tuple[int, int, tuple[AdapterUse, ...]]  # first row, rows, composition
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     token_ids: Tensor  # [T] int64
     attention: AttentionBatch
-    lora: LoraBatch | None  # None = no row uses an adapter
+    lora: LoraBatch | None  # None = no row uses an adapter's pages
+    runs: list[Run]  # of the rows that use adapters
 
 
 class BatchBuilder:
@@ -41,6 +42,7 @@ class BatchBuilder:
         max_blocks: int,
         device: torch.device,
     ) -> None:
+        self.pool = pool
         self._block_size = block_size
         self._device = device
         self._lora = _LoraBatchBuilder(pool, device)
@@ -70,6 +72,7 @@ class BatchBuilder:
             positions[rows] = here = np.arange(start, end)
             slots[rows] = block_tables[i, here // size].astype(np.int64) * size + here % size
 
+        runs = adapter_runs(schedule, query_start)
         on_device = torch.from_numpy(flat).to(self._device)
         return StepBatch(
             token_ids=on_device[0],
@@ -85,7 +88,8 @@ class BatchBuilder:
                 host_context_lens=context_lens,
                 host_block_tables=tables,
             ),
-            lora=self._lora.build(adapter_runs(schedule, query_start), query_start[-1]),
+            lora=self._lora.build(runs, query_start[-1]),
+            runs=runs,
         )
 
     def _sync_block_tables(self, tables: list[list[int]]) -> BlockTables:
@@ -157,7 +161,8 @@ class RowPages:
                     weights += [use.weight] * len(pages)
                     adapted |= pool.adapted(use.digest)
                 spans[adapters] = (first, len(page_ids) - first)
-            tiles.append((row, count, *spans[adapters]))
+            if spans[adapters][1]:  # an adapter may have no pages, see `lane.py`
+                tiles.append((row, count, *spans[adapters]))
         return cls(tiles, page_ids, weights, frozenset(adapted))
 
 
@@ -192,7 +197,9 @@ class _LoraBatchBuilder:
             self._key = key
         return self._batch
 
-    def _assemble(self, pages: RowPages) -> LoraBatch:
+    def _assemble(self, pages: RowPages) -> LoraBatch | None:
+        if not pages.tiles:
+            return None
         device = self._device
         return LoraBatch(
             tables=self._tables,

@@ -19,6 +19,7 @@ from loraplex.adapters.pool import PagePool
 from loraplex.adapters.slots import AdapterSlots
 from loraplex.engine.adapter_loader import AdapterLoader
 from loraplex.engine.api import MemoryInfo
+from loraplex.engine.base_weights import BaseWeights
 from loraplex.engine.batch import BatchBuilder
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
@@ -95,6 +96,7 @@ def build_engine(
             lambda done, total: on_progress("weights", done, total),
         )
         weight_digests = table_digests.result()
+        base = BaseWeights(decoder, checkpoint.fingerprint())
     if measures:
         from loraplex.engine.gpu.assembly import measured_plan
 
@@ -127,7 +129,7 @@ def build_engine(
     if memory is not None:
         _join(memory, kv_cache, pool)
     runner = _make_runner(config, decoder, kv_cache, pool, plan, device, on_progress)
-    loader = AdapterLoader(config.adapter_dir, pool, info.modules, plan.host_adapter_bytes)
+    loader = AdapterLoader(config.adapter_dir, pool, info.modules, plan.host_adapter_bytes, base)
     slots = AdapterSlots(
         loader,
         device_bytes_total=pool.bytes_total,
@@ -150,7 +152,7 @@ def build_engine(
     def memory_now() -> MemoryInfo:
         return msgspec.structs.replace(still, device_bytes_free=device_memory(device).free)
 
-    prober = AdapterProber(decoder, pool, config.block_size, config.adapter_dir)
+    prober = AdapterProber(decoder, pool, config.block_size, config.adapter_dir, directory)
     constraints = Constraints(
         GuidanceCompiler(info),
         vocab_size=info.vocab_size,

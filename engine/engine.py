@@ -39,7 +39,7 @@ from loraplex.engine.orders import Orders, engine_error, error_info, residency_i
 from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.seams import Prober, Runner, Schedule, StepSample
 from loraplex.engine.sequence import Sequence, canonical_composition
-from loraplex.engine.validation import validate_request
+from loraplex.engine.validation import check_composition, validate_request
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class Engine:
             self._slots.check(digests)
         except AdapterError as error:
             raise engine_error(error) from error
+        check_composition(request.adapters, self._slots.needing_weight_one(digests))
         seed = request.sampling.seed
         seq = Sequence.from_request(
             request,

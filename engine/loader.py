@@ -6,6 +6,7 @@ needs memory for the model once, plus one fused weight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer*", "vocab*")
 CONFIG_PATTERNS = ("config.json",)  # enough for `plan.py`
+SAMPLES, SAMPLE_BYTES = 8, 4096  # of each tensor, for `Checkpoint.fingerprint`
 SHOWN = 5  # names listed in a message before "and N more"
 
 
@@ -134,6 +136,23 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def fingerprint(self) -> str:
+        """Tells checkpoints of one shape apart: a hash over samples of every tensor's bytes.
+
+        Not of all bytes, which would take as long as loading. Training, merging or requantizing
+        changes a tensor throughout; who edits single weights by hand gets the same fingerprint.
+        """
+        sha = hashlib.sha256()
+        for name in sorted(self._file_of):
+            tensor = self.read(name).contiguous()
+            data = tensor.view(-1).view(torch.uint8).numpy()
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            last = max(0, len(data) - SAMPLE_BYTES)
+            for i in range(SAMPLES):
+                start = last * i // (SAMPLES - 1)
+                sha.update(data[start : start + SAMPLE_BYTES].tobytes())
+        return sha.hexdigest()
 
     def read(self, name: str) -> Tensor:
         """A tensor as stored, on the CPU, possibly still a view of the file."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraplex.adapters.extras_parts import GROUP_OF
+from loraplex.engine.lane import Lane, LaneModel
 from loraplex.engine.loader import Checkpoint
 from loraplex.engine.model_config import DecoderConfig
 from loraplex.engine.rope import RotaryEmbedding
@@ -60,6 +62,7 @@ class Decoder:
         self.first_norm = first_norm
         self.layers = layers
         self.lm_head = lm_head
+        self.lane_model = LaneModel.of(config, ops.rms_norm)
         self.rope = RotaryEmbedding(config.rope, embedding.device)
         self._scale: float = config.head_dim**-0.5
 
@@ -70,40 +73,60 @@ class Decoder:
         batch: AttentionBatch,
         lora: LoraBatch | None,
         before_layer: Callable[[int], None] | None = None,
+        lane: Lane | None = None,
     ) -> Tensor:
         """One step: `[T] int64 -> [T, hidden]`, normed, ready for `logits`. Writes K and V.
 
         before_layer: called with each layer's number ahead of it, to wait for adapters on their
-        way.
+        way. lane: what adapters change beyond their pages; None if no row's does.
         """
         ops, eps, heads = self.ops, self.config.rms_norm_eps, self.config.num_heads
         cos, sin = self.rope(batch.positions)
         residual = ops.embed(token_ids, self.embedding)
+        if lane is not None:
+            lane.embed(residual, token_ids)
         x = ops.rms_norm(residual, self.first_norm, eps)
+        if lane is not None:
+            lane.norm(x, residual, 0)
         for i, layer in enumerate(self.layers):
             if before_layer is not None:
                 before_layer(i)
             t = ops.lora_shrink(x, lora, i, QKV)
+            y = layer.qkv(x) if lane is None else lane.project(layer.qkv, x, i, QKV)
             q = ops.rope_kv_write(
-                layer.qkv(x), t, lora, i,
+                y, t, lora, i,
                 cos, sin, layer.q_norm, layer.k_norm, eps, heads, kv, batch,
             )  # fmt: skip
             x = ops.attention(q, kv, i, batch, self._scale, layer.sliding_window)
             t = ops.lora_shrink(x, lora, i, O_ONLY)
-            x = ops.add_rms_norm(
-                layer.o(x), t, lora, i, Module.O, residual, layer.post_attention_norm, eps
-            )
+            y = layer.o(x) if lane is None else lane.project(layer.o, x, i, O_ONLY)
+            x = ops.add_rms_norm(y, t, lora, i, Module.O, residual, layer.post_attention_norm, eps)
+            if lane is not None:
+                lane.norm(x, residual, 2 * i + 1)
             t = ops.lora_shrink(x, lora, i, GATE_UP)
-            x = ops.swiglu(layer.gate_up(x), t, lora, i)
+            y = layer.gate_up(x) if lane is None else lane.project(layer.gate_up, x, i, GATE_UP)
+            x = ops.swiglu(y, t, lora, i)
             t = ops.lora_shrink(x, lora, i, DOWN_ONLY)
-            x = ops.add_rms_norm(
-                layer.down(x), t, lora, i, Module.DOWN, residual, layer.next_norm, eps
-            )
+            y = layer.down(x) if lane is None else lane.project(layer.down, x, i, DOWN_ONLY)
+            x = ops.add_rms_norm(y, t, lora, i, Module.DOWN, residual, layer.next_norm, eps)
+            if lane is not None:
+                lane.norm(x, residual, 2 * i + 2)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[R, hidden] -> [R, vocab]` in model dtype."""
-        return self.lm_head(hidden)
+    def logits(self, hidden: Tensor, lane: Lane | None = None) -> Tensor:
+        """`[R, hidden] -> [R, vocab]` in model dtype. lane: of these rows (`Lane.at`)."""
+        logits = self.lm_head(hidden)
+        if lane is not None:
+            lane.logits(logits, hidden)
+        return logits
+
+    def linear(self, layer: int, module: int) -> tuple[Linear, slice]:
+        """The linear that computes a module, fused with its like, and the module's columns of its
+        output.
+        """
+        of = self.layers[layer]
+        linear = (of.qkv, of.o, of.gate_up, of.down)[GROUP_OF[module]]
+        return linear, self.lane_model.columns[module]
 
     @property
     def nbytes(self) -> int:

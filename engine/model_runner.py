@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex.engine.api import TokenLogprobs
 from loraplex.engine.batch import BatchBuilder
+from loraplex.engine.lane import Lane, Lanes
 from loraplex.engine.model import Decoder
 from loraplex.engine.pooling import Pooler
 from loraplex.engine.sampling import Sampler, prompt_targets, token_logprobs
@@ -29,6 +30,7 @@ class ModelRunner:
     ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
+        self._lanes = Lanes(batches.pool, decoder.lane_model)
         self._batches = batches
         self._sampler = sampler
         self._pooler = Pooler()
@@ -39,14 +41,19 @@ class ModelRunner:
         self._sampler.forget(schedule.released_seq_ids)
         self._pooler.forget(schedule.released_seq_ids)
         batch = self._batches.build(schedule)
-        hidden = self.decoder.forward(batch.token_ids, self.kv_cache, batch.attention, batch.lora)
+        lane = self._lanes.find(batch.runs)
+        hidden = self.decoder.forward(
+            batch.token_ids, self.kv_cache, batch.attention, batch.lora, lane=lane
+        )
         scheduled = schedule.scheduled
         ends = batch.attention.host_query_start[1:]
         rows = [end - 1 for s, end in zip(scheduled, ends, strict=True) if s.samples]
         samples = [StepSample()] * len(scheduled)
         if rows:
             everything = len(rows) == hidden.shape[0]
-            logits = self.decoder.logits(hidden if everything else hidden[rows])
+            logits = self.decoder.logits(
+                hidden if everything else hidden[rows], lane and lane.at(rows)
+            )
             places = [i for i, s in enumerate(scheduled) if s.samples]
             sampled = self._sampler.sample(logits, [scheduled[i].seq for i in places])
             for i, token_id, logprobs in zip(
@@ -56,13 +63,16 @@ class ModelRunner:
         for i, s in enumerate(scheduled):
             if s.num_prompt_logprobs:
                 first = ends[i] - s.num_tokens
+                asking = range(first, first + s.num_prompt_logprobs)
                 samples[i] = StepSample(
                     samples[i].token_id,
                     samples[i].logprobs,
                     self._prompt_logprobs(
-                        hidden[first : first + s.num_prompt_logprobs],
+                        hidden,
+                        asking,
                         prompt_targets(s),
                         s.seq.sampling.prompt_logprobs or 0,
+                        lane,
                     ),
                 )
             if s.seq.request.pooling is not None:
@@ -75,11 +85,17 @@ class ModelRunner:
         return handle
 
     def _prompt_logprobs(
-        self, hidden: Tensor, targets: list[int], num_top: int
+        self,
+        hidden: Tensor,
+        rows: range,
+        targets: list[int],
+        num_top: int,
+        lane: Lane | None,
     ) -> list[TokenLogprobs]:
         found: list[TokenLogprobs] = []
         for first in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             part = targets[first : first + PROMPT_LOGPROB_ROWS]
-            logits = self.decoder.logits(hidden[first : first + len(part)])
+            here = rows[first : first + len(part)]
+            logits = self.decoder.logits(hidden[here.start : here.stop], lane and lane.at(here))
             found += token_logprobs(logits, part, [num_top] * len(part))
         return found

@@ -225,12 +225,12 @@ class Orders:
         reading = prober.read(call.digest)
         while not reading.done():
             yield None
-        loaded = reading.result()
+        source = reading.result()
         yield from self._load(msgspec.structs.replace(call, wait=True))
         try:
-            paged = prober.run_paged(call.digest)
+            paged = prober.run_paged(source)
             yield None
-            return prober.compare(loaded, paged)
+            return prober.compare(source, paged)
         except Exception as error:  # of the device, or of an adapter whose files changed
             logger.exception("probing adapter %s failed", call.digest[:12])
             raise EngineError(

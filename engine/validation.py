@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from loraplex.engine.api import GenerationRequest, Grammar, ModelInfo, SamplingParams
+from loraplex.engine.api import AdapterUse, GenerationRequest, Grammar, ModelInfo, SamplingParams
 from loraplex.engine.errors import InvalidRequest
 
 MAX_ADAPTERS = 8  # of one request
@@ -78,6 +78,22 @@ def _check_adapters(request: GenerationRequest) -> None:
             use.weight,
             -MAX_ADAPTER_WEIGHT,
             MAX_ADAPTER_WEIGHT,
+        )
+
+
+def check_composition(adapters: tuple[AdapterUse, ...], needing_weight_one: list[str]) -> None:
+    """Raises: InvalidRequest when one that is not linear in its weight is scaled or composed. Of
+    weight 0 means left out.
+    """
+    weights = {use.digest: use.weight for use in adapters if use.weight != 0}
+    for digest in needing_weight_one:
+        if len(weights) == 1 and weights[digest] == 1:
+            continue
+        how = f"has weight {weights[digest]:g}" if len(weights) == 1 else "is combined with others"
+        raise InvalidRequest(
+            f"adapters: {digest[:12]} {how}, but it scales or replaces weights of the base model "
+            "(DoRA, biases, whole modules or token rows), which has no meaning but whole; use it "
+            "alone with weight 1"
         )
 
 

@@ -112,8 +112,17 @@ class Linear(Protocol):
     in_features: int
     out_features: int
     nbytes: int
+    bias: Tensor | None  # [out]
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias."""
+        ...
+
+    def row_squares(self) -> Tensor:
+        """`[out]` fp32: the sum of squares of each row of the weight."""
+        ...
 
 
 # (shape, dtype, device) -> zeros

@@ -13,10 +13,11 @@ from itertools import accumulate
 import numpy as np
 
 from loraplex.adapters.pool import PagePool
-from loraplex.engine.batch import RowPages, Run, adapter_runs
+from loraplex.engine.batch import RowPages, adapter_runs
 from loraplex.engine.gpu.attention_plan import AttentionPlan, AttentionPlanner
 from loraplex.engine.gpu.state_rows import StateRows
 from loraplex.engine.gpu.step_layout import COUNT_STRIDE, Ints, StepSizes
+from loraplex.engine.lane import Run
 from loraplex.engine.seams import Schedule, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.kernels.gpu.step_inputs import RUN_FIELDS
@@ -51,6 +52,8 @@ class HostStep:
     block_runs: Ints  # blocks appended to tables, see `kernels.gpu.step_inputs`
     block_values: Ints
     sampling: list[tuple[Sequence, int, int]]  # sequence, state row, position of the new token
+    runs: list[Run]  # of the rows that use adapters
+    sample_rows: list[int]  # that the sequences of `sampling` end with
 
 
 class HostSteps:
@@ -81,7 +84,8 @@ class HostSteps:
         num_tokens = query_start[-1]
         rows, block_runs, block_values = self._sync(scheduled)
         token_ids, positions, slots = self._tokens(scheduled, query_start, schedule.num_decodes)
-        lora = self._lora.build(adapter_runs(schedule, query_start), num_tokens, decodes_only)
+        runs = adapter_runs(schedule, query_start)
+        lora = self._lora.build(runs, num_tokens, decodes_only)
         attention = self._attention.plan(query_start, context_lens, schedule.num_decodes)
         values = {
             "counts": np.array([*lora.counts, attention.num_tiles], dtype=np.int32).repeat(
@@ -97,10 +101,9 @@ class HostSteps:
             **lora.values,
         }
         places = [i for i, s in enumerate(scheduled) if s.samples]
+        sample_rows = [query_start[i + 1] - 1 for i in places]
         if not decodes_only:
-            values["sample_rows"] = np.array(
-                [query_start[i + 1] - 1 for i in places], dtype=np.int32
-            )
+            values["sample_rows"] = np.array(sample_rows, dtype=np.int32)
         return HostStep(
             schedule=schedule,
             values=values,
@@ -124,6 +127,8 @@ class HostSteps:
             block_runs=block_runs,
             block_values=block_values,
             sampling=[(scheduled[i].seq, rows[i], scheduled[i].seq.num_tokens) for i in places],
+            runs=runs,
+            sample_rows=sample_rows,
         )
 
     def _tokens(

@@ -1,8 +1,8 @@
 """Runs steps on a GPU without waiting for it: the host writes step n + 1 while the GPU runs n.
 
-Implements `seams.Runner`. A step is one copy of numbers, one graph (or, with prompts in it, the
-model's launches one by one), the output head and the sampler. Sampled tokens stay on the device
-for the next step, so nothing here reads from it before `collect`.
+Implements `seams.Runner`. A step is one copy of numbers, one graph (or, with prompts or a lane in
+it, the model's launches one by one), the output head and the sampler. Sampled tokens stay on the
+device for the next step, so nothing here reads from it before `collect`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loraplex.engine.gpu.host_step import HostStep, HostSteps
 from loraplex.engine.gpu.metadata import Metadata, StepInputs
 from loraplex.engine.gpu.state_rows import StateRows
 from loraplex.engine.gpu.transfers import Arrival
+from loraplex.engine.lane import Lane, Lanes
 from loraplex.engine.model import Decoder
 from loraplex.engine.model_runner import PROMPT_LOGPROB_ROWS
 from loraplex.engine.pooling import Pooler
@@ -84,6 +85,7 @@ class GpuRunner:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.states = StateRows(limits.max_num_seqs)
+        self._lanes = Lanes(pool, decoder.lane_model)
         self._pool = pool
         self._sampler = sampler
         self._pooler = Pooler()
@@ -124,12 +126,13 @@ class GpuRunner:
         with faults(self._device):
             self.forget(schedule.released_seq_ids)
             step = self._steps.build(schedule)
-            inputs, hidden = self._run(step)
+            lane = self._lanes.find(step.runs)
+            inputs, hidden = self._run(step, lane)
             return StepHandle(
                 num_scheduled=len(schedule.scheduled),
                 places=[i for i, s in enumerate(schedule.scheduled) if s.samples],
-                sampled=self._sample(step, inputs, hidden),
-                prompt_logprobs=self._prompt_logprobs(step, hidden),
+                sampled=self._sample(step, inputs, hidden, lane),
+                prompt_logprobs=self._prompt_logprobs(step, hidden, lane),
                 embeddings=self._embeddings(step, hidden),
                 over=mark(self._device),
             )
@@ -153,11 +156,11 @@ class GpuRunner:
                 samples[place] = StepSample(embedding=vector.astype("<f4").tobytes())
         return samples
 
-    def _run(self, step: HostStep) -> tuple[StepInputs, Tensor]:
+    def _run(self, step: HostStep, lane: Lane | None) -> tuple[StepInputs, Tensor]:
         """Send the step and run the model, `[rows, hidden]`; the real rows come first."""
         scheduled = step.schedule.scheduled
         arrivals = self._pool.arriving({d for s in scheduled for d in s.seq.digests})
-        inputs = None if arrivals else self.graphs.find(step)
+        inputs = None if arrivals or lane is not None else self.graphs.find(step)
         if inputs is not None:
             self._metadata.send(step, inputs)
             return inputs, self.graphs.replay(inputs)
@@ -168,25 +171,30 @@ class GpuRunner:
 
         inputs = self._metadata.fresh(step)
         self._metadata.send(step, inputs)
-        return inputs, self._forward(inputs, wait_for_adapters if arrivals else None)
+        if lane is not None:
+            wait_for_adapters(0)  # the embedding comes before it; parts arrive ahead of all layers
+        return inputs, self._forward(inputs, wait_for_adapters if arrivals else None, lane)
 
     def _forward(
-        self, inputs: StepInputs, before_layer: Callable[[int], None] | None = None
+        self,
+        inputs: StepInputs,
+        before_layer: Callable[[int], None] | None = None,
+        lane: Lane | None = None,
     ) -> Tensor:
         """What a graph captures: launches whose arguments are the same for every step that fits."""
         self._metadata.take(inputs)
         return self.decoder.forward(
-            inputs.token_ids, self.kv_cache, inputs.attention, inputs.lora, before_layer
+            inputs.token_ids, self.kv_cache, inputs.attention, inputs.lora, before_layer, lane
         )
 
-    def _sample(self, step: HostStep, inputs: StepInputs, hidden: Tensor) -> Any:
+    def _sample(self, step: HostStep, inputs: StepInputs, hidden: Tensor, lane: Lane | None) -> Any:
         count = len(step.sampling)
         if count == 0:
             return None
         if inputs.sample_rows is not None:
             hidden = hidden.index_select(0, inputs.sample_rows)
         # A captured step's rows are all multiplied: its few sizes are known to the library by now.
-        logits = self.decoder.logits(hidden)[:count]
+        logits = self.decoder.logits(hidden, lane and lane.at(step.sample_rows))[:count]
         return self._sampler.launch(logits, step.sampling, self._metadata.last_tokens)
 
     def _embeddings(self, step: HostStep, hidden: Tensor) -> list[tuple[int, Arrival]]:
@@ -200,7 +208,7 @@ class GpuRunner:
         return found
 
     def _prompt_logprobs(
-        self, step: HostStep, hidden: Tensor
+        self, step: HostStep, hidden: Tensor, lane: Lane | None
     ) -> list[tuple[int, list[PromptLogprobs]]]:
         found: list[tuple[int, list[PromptLogprobs]]] = []
         if step.decodes_only:
@@ -213,7 +221,8 @@ class GpuRunner:
             parts: list[PromptLogprobs] = []
             for first in range(0, len(targets), PROMPT_LOGPROB_ROWS):
                 part = targets[first : first + PROMPT_LOGPROB_ROWS]
-                logits = self.decoder.logits(hidden[row + first : row + first + len(part)])
+                here = range(row + first, row + first + len(part))
+                logits = self.decoder.logits(hidden[here.start : here.stop], lane and lane.at(here))
                 parts.append(PromptLogprobs.start(logits, part, num_top))
             found.append((place, parts))
         return found

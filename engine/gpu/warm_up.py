@@ -20,6 +20,7 @@ from loraplex.engine.gpu.dummy_steps import EVERYTHING, DummySteps, dummy_adapte
 from loraplex.engine.gpu.graphs import decode_buckets
 from loraplex.engine.gpu.memory_profile import largest_runs
 from loraplex.engine.gpu.runner import GpuRunner
+from loraplex.engine.lane import Lanes
 from loraplex.engine.probe import paged_logits, probe_tokens
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ def _probe(runner: GpuRunner, pool: PagePool, use: AdapterUse) -> None:
     """Its batches are made without the runner, with 64-bit numbers: other configurations."""
     decoder = runner.decoder
     tokens = probe_tokens(decoder.config.vocab_size).to(decoder.embedding.device)
+    lanes = Lanes(pool, decoder.lane_model)
     for digest in (None, use.digest):
-        paged_logits(decoder, pool, runner.kv_cache.block_size, tokens, digest)
+        paged_logits(decoder, pool, runner.kv_cache.block_size, tokens, digest, lanes)
 
 
 def _kinds(

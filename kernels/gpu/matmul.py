@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraplex.kernels.gpu.common import dot
 from loraplex.kernels.gpu.launch import launch
+from loraplex.kernels.packed_linear import row_squares
 
 _GROUP_M = tl.constexpr(8)
 
@@ -68,6 +69,12 @@ class InvariantLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return matmul(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        return matmul(x, self.weight)
+
+    def row_squares(self) -> Tensor:
+        return row_squares(self.weight)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

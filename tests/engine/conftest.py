@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import count
@@ -15,11 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex.adapters.manifest import AdapterManifest
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.store import AdapterStore
-from loraplex.adapters.weights import load_weights
+from loraplex.adapters.weights import LoadedAdapter, load_weights
 from loraplex.engine.api import AdapterUse, GenerationRequest, SamplingParams
 from loraplex.engine.batch import BatchBuilder
+from loraplex.engine.build import build_engine
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.hosted import HostedEngine
+from loraplex.engine.lane import Lanes
 from loraplex.engine.loader import Checkpoint
 from loraplex.engine.model import Decoder, load_decoder
 from loraplex.engine.model_config import read_model_config
@@ -30,7 +35,14 @@ from loraplex.engine.sequence import Sequence
 from loraplex.kernels.select import select_ops
 
 # `--import-mode=importlib` leaves the folder off sys.path: load the helpers by their file, once.
-for _name in ("alora_cases", "grammar_fakes", "engine_fakes", "sampling_cases"):
+for _name in (
+    "alora_cases",
+    "engine_driver",
+    "grammar_fakes",
+    "engine_fakes",
+    "lane_cases",
+    "sampling_cases",
+):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, Path(__file__).parent / f"{_name}.py")
         assert _spec is not None
@@ -116,10 +128,12 @@ class Bench:
         """One step without sampling: the logits of every row, by `seq_id`."""
         schedule = self.schedule(wanted)
         batch = self.batches.build(schedule)
+        lane = Lanes(self.pool, self.decoder.lane_model).find(batch.runs)
         hidden = self.decoder.forward(
-            batch.token_ids, self.runner.kv_cache, batch.attention, batch.lora
+            batch.token_ids, self.runner.kv_cache, batch.attention, batch.lora, lane=lane
         )
-        logits, found, row = self.decoder.logits(hidden), {}, 0
+        found, row = {}, 0
+        logits = self.decoder.logits(hidden, lane and lane.at(range(len(hidden))))
         for s in schedule.scheduled:
             found[s.seq.seq_id] = logits[row : row + s.num_tokens]
             s.seq.num_computed_tokens += s.num_tokens
@@ -256,3 +270,87 @@ def prompt_of(length: int, seed: int = 0, vocab_size: int = 256) -> list[int]:
 def make_prompt() -> Callable[..., list[int]]:
     """`make_prompt(length, seed=0)`: random token ids."""
     return prompt_of
+
+
+@pytest.fixture
+def make_driver(
+    tiny_model: Any, tiny_adapters: Any, store_adapters: Any, tmp_path: Path
+) -> Iterator[Callable[..., Any]]:
+    """`make_driver(family, adapters=..., **settings) -> engine_driver.Driver`: with tiny adapters,
+    or those of the given folders, in its store.
+    """
+    open_: list[HostedEngine] = []
+
+    def make(model: str | Path, adapters: dict[str, Path] | None = None, **settings: Any) -> Any:
+        if isinstance(model, str):
+            model = tiny_model(model)
+        folders = tiny_adapters(model) if adapters is None else adapters
+        digests = store_adapters(tmp_path / "store", model, folders)
+        defaults = {
+            "model": str(model),
+            "adapter_dir": tmp_path / "store",
+            "backend": "torch",
+            "num_threads": 1,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 24,
+            "max_model_len": 128,
+            "kv_cache_memory": 16 << 20,
+            "adapter_memory": 8 << 20,
+        }
+        hosted = build_engine(EngineConfig(**{**defaults, **settings}))
+        open_.append(hosted)
+        return sys.modules["engine_driver"].Driver(hosted, digests)
+
+    yield make
+    for hosted in open_:
+        hosted.close()
+
+
+@dataclass(frozen=True)
+class Format:
+    """An adapter of a format beyond A and B: as peft saved it, as we loaded it, and peft with it.
+
+    The digest is of a store of its own, the same in any.
+    """
+
+    folder: Path
+    manifest: AdapterManifest
+    loaded: LoadedAdapter
+    peft: Any
+
+
+@pytest.fixture(scope="session")
+def take_in(
+    store_adapters: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, Path], Format]:
+    """`take_in(model, folder as peft saved it)`: the way of an upload."""
+    store = tmp_path_factory.mktemp("store")
+
+    def take(model: Path, folder: Path) -> Format:
+        digest = store_adapters(store, model, {"it": folder})["it"]
+        loaded = load_weights(AdapterStore(store).path(digest), torch.float32)
+        assert loaded.extras, "an adapter of A and B only"
+        manifest = AdapterStore(store).manifest(digest)
+        return Format(folder, manifest, loaded, sys.modules["lane_cases"].Peft(model, folder))
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def make_formats(
+    tiny_model: Any, take_in: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Format]]:
+    """`make_formats(family) -> {name: Format}`, one of each."""
+    kept: dict[str, dict[str, Format]] = {}
+    cases = sys.modules["lane_cases"]
+
+    def make(family: str) -> dict[str, Format]:
+        if family not in kept:
+            model, root = tiny_model(family), tmp_path_factory.mktemp("formats")
+            kept[family] = {}
+            for seed, (name, settings) in enumerate(cases.settings_of(family).items()):
+                cases.make(model, settings, root / str(seed), seed)
+                kept[family][name] = take_in(model, root / str(seed))
+        return kept[family]
+
+    return make

@@ -174,3 +174,18 @@ def test_dtype_on_a_cpu(
 def test_float16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ModelError, match="--dtype bfloat16"):
         choose_dtype("float16", torch.float16, CPU)
+
+
+def test_checkpoints_of_one_shape_are_told_apart(model: Path, tiny_model: Any) -> None:
+    """By their weights, wherever they lie."""
+
+    def fingerprint(directory: Path) -> str:
+        with Checkpoint(directory) as checkpoint:
+            return checkpoint.fingerprint()
+
+    before = fingerprint(tiny_model("llama"))
+    assert fingerprint(model) == before
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1.001
+    save_file(tensors, model / "model.safetensors")
+    assert fingerprint(model) != before

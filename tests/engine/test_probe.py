@@ -18,12 +18,14 @@ from loraplex.engine.api import AdapterProbe
 from loraplex.engine.build import build_engine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.hosted import HostedEngine
-from loraplex.engine.probe import AdapterProber, probe_tokens, reference_logits
+from loraplex.engine.probe import AdapterProber, FromFiles, probe_tokens
+from loraplex.engine.reference import Adapter, reference_logits
 
 
 def probe(bench: Any, loaded: LoadedAdapter) -> AdapterProbe:
-    prober = AdapterProber(bench.decoder, bench.pool, BLOCK_SIZE, Path())
-    return prober.compare(loaded, prober.run_paged(loaded.digest))
+    prober = AdapterProber(bench.decoder, bench.pool, BLOCK_SIZE, Path(), Path())
+    source = FromFiles(loaded)
+    return prober.compare(source, prober.run_paged(source))
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -80,7 +82,7 @@ def test_the_reference_is_transformers_own_model(make: Any, tiny_model: Any, fam
     model = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32)
     with torch.inference_mode():
         expected = model(tokens[None]).logits[0]
-        found = reference_logits(bench.decoder, tokens, {})
+        found = reference_logits(bench.decoder, tokens, Adapter())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -225,7 +227,7 @@ def test_what_cannot_be_probed_says_why_and_the_engine_lives(
     assert answer.error is not None
     assert answer.error.code == "adapter_corrupt"
 
-    def broken(self: AdapterProber, digest: str) -> None:
+    def broken(self: AdapterProber, source: FromFiles) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(AdapterProber, "run_paged", broken)

@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from loraplex.adapters.extras import Extras, TableLora, TokenRows
+from loraplex.adapters.extras_parts import ExtrasShape, dtype_of
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.transport import HostTransport
+from loraplex.adapters.weights import LoadedAdapter, LoadedModule
+from loraplex.engine.api import AdapterUse
 from loraplex.engine.gpu.graphs import RepeatedCalls
 from loraplex.engine.gpu.runner import GpuRunner, RunnerLimits
 from loraplex.engine.gpu.sampler import DeviceSampler
@@ -92,7 +96,7 @@ def make_meta_runner(
     ops = TritonOps(**settings)
     checkpoint: Any = MetaCheckpoint(config.tensor_shapes())
     decoder = load_decoder(config, checkpoint, ops, dtype, META)
-    pool = PagePool(config.num_layers, config.module_shapes, 64 << 20, dtype, META)
+    pool = PagePool(config.num_layers, config.module_shapes, 256 << 20, dtype, META)
     pool._transport = MetaTransport()
     kv = ops.kv_cache(
         config.num_layers, 4096, 16, config.num_kv_heads, config.head_dim, dtype, META
@@ -115,3 +119,40 @@ def watched() -> Iterator[tuple[list[Launch], Traffic]]:
     """Within the block launches are listed and copies counted."""
     with recording() as notes, Watch() as watch:
         yield notes, watch.traffic
+
+
+@contextmanager
+def dummy_extras(pool: PagePool) -> Iterator[AdapterUse]:
+    """An adapter of every format, with values nobody reads, for as long as the block runs."""
+    hidden, vocab, cpu = LLAMA["hidden_size"], LLAMA["vocab_size"], torch.device("cpu")
+
+    def zeros(*shape: int, dtype: torch.dtype = pool.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=cpu)
+
+    def factors(inputs: int, outputs: int) -> TableLora:
+        return TableLora(zeros(inputs, 4), zeros(4, outputs), 4, 1.0)
+
+    (q_in, q_out), (down_in, down_out) = pool.module_shapes[0], pool.module_shapes[6]
+    extras = Extras(
+        magnitudes={(0, 0): zeros(q_out, dtype=torch.float32)},
+        delta_biases={(1, 6): zeros(down_out, dtype=torch.float32)},
+        linears={(0, 6): zeros(down_out, down_in)},
+        norms={"model.norm": zeros(hidden), "model.layers.0.input_layernorm": zeros(hidden)},
+        embedding=zeros(vocab, hidden),
+        head=zeros(vocab, hidden),
+        embedding_lora=factors(vocab, hidden),
+        head_lora=factors(hidden, vocab),
+        token_rows=TokenRows(torch.arange(3), zeros(3, hidden), in_head=True),
+    )
+    modules = {(0, 0): LoadedModule(zeros(4, q_in), zeros(4, q_out), 4, 1.0)}
+    parts: dict[Any, Tensor] = {}
+    for part in ExtrasShape.of(extras).parts(pool.module_shapes, pool.dtype):
+        dtype = dtype_of(part.name) or pool.dtype
+        width = part.row_elements * pool.dtype.itemsize // dtype.itemsize
+        parts[part.name] = zeros(part.rows, width, dtype=dtype)
+    image = pool.build_image(LoadedAdapter("extras", 4, modules, extras), parts=parts)
+    pool.install("extras", image)
+    try:
+        yield AdapterUse("extras")
+    finally:
+        pool.remove("extras")

@@ -50,6 +50,17 @@ def test_no_step_reads_from_the_device(runner: Any, capture: bool) -> None:
     assert notes
 
 
+def test_a_lane_reads_nothing_from_the_device_either(runner: Any) -> None:
+    gpu, pool = runner
+    with meta.watched() as (_, traffic), meta.dummy_extras(pool) as use:
+        steps = DummySteps(gpu, MAX_LEN)
+        traffic.to_device.clear()
+        steps.run([(1, 7), (1, 100), (90, 300)], [(use,), (), (use,)], prompt_logprobs=2)
+        with_prompts = len(traffic.to_device)
+        steps.run([(1, 7)] * 5, [(use,), ()])
+        assert len(traffic.to_device) - with_prompts == 1, "a step is one copy"
+
+
 def test_what_reads_is_found_out(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The companion: one look at a length, and the step fails here."""
     gpu, _ = runner

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loraplex.engine.gpu.dummy_steps import DummySteps, dummy_adapter
 from loraplex.engine.gpu.warm_up import warm_up
+from loraplex.engine.lane import Lanes
 from loraplex.engine.probe import paged_logits
 from loraplex.kernels.gpu.configurations import distinct
 
@@ -119,9 +120,25 @@ def test_the_first_probe_compiles_nothing(warm: Any) -> None:
     tokens = torch.zeros(12, dtype=torch.int64, device=meta.META)
     with meta.watched() as (notes, _), dummy_adapter(ready.pool) as use:
         for digest in (None, use.digest):
-            paged_logits(ready.runner.decoder, ready.pool, 16, tokens, digest)
+            decoder = ready.runner.decoder
+            lanes = Lanes(ready.pool, decoder.lane_model)
+            paged_logits(decoder, ready.pool, 16, tokens, digest, lanes)
     assert notes
     assert not distinct(notes).keys() - ready.compiled
+
+
+@torch.inference_mode()
+def test_a_step_with_a_lane_compiles_nothing(warm: Any) -> None:
+    """Which runs without a graph, decodes too."""
+    ready = warm("llama")
+    steps = DummySteps(ready.runner, MAX_LEN)
+    with meta.watched() as (notes, _), meta.dummy_extras(ready.pool) as use:
+        for runs in ([(1, 7)], [(1, 7)] * 5, [(1, 9)] * 24, [(1, 9), (30, 30)], [(200, 200)] * 2):
+            for uses in ([(use,)], [(), (use,)]):
+                steps.run(runs, uses)
+    assert notes
+    new = distinct(notes).keys() - ready.compiled
+    assert not new, "\n".join(map(str, new))
 
 
 def test_captures_alone_would_not_do() -> None:
