@@ -51,7 +51,7 @@ from loraplex.platform.schemas import (
     Freed,
 )
 from loraplex.platform.served_model import ServedModel
-from loraplex.platform.shipped_defaults import shipped_defaults
+from loraplex.platform.shipped_defaults import Shipped, shipped_defaults
 from loraplex.platform.tenant_repositories import check_storage, require_tenant
 
 ARCHIVE_FILE = "archive"
@@ -63,10 +63,11 @@ class _Content:
     """What makes a version: the tensors, and what their files say of their use."""
 
     manifest: AdapterManifest
-    shipped: dict[str, Any] | None
+    shipped: Shipped
 
     def is_of(self, row: AdapterVersion) -> bool:
-        return row.digest == self.manifest.digest and row.shipped_defaults == self.shipped
+        same_use = row.shipped_defaults == self.shipped.defaults
+        return same_use and row.digest == self.manifest.digest
 
 
 class AdapterService:
@@ -78,7 +79,10 @@ class AdapterService:
         resolver: Resolver,
         max_upload_bytes: int,
         on_registered: Callable[[], None],
+        *,
+        tenant_templates: bool = False,
     ) -> None:
+        self._tenant_templates = tenant_templates
         self._db = db
         self._resolver = resolver
         self._store = store
@@ -194,7 +198,8 @@ class AdapterService:
         source: where it was pulled from, for the audit log.
         """
         async with self._files_lock:
-            shipped = await asyncio.to_thread(shipped_defaults, staging.path, model)
+            trusted = self._tenant_templates or caller.is_operator
+            shipped = await shipped_defaults(staging.path, model, with_template=trusted)
             await asyncio.to_thread(self._store.commit, staging, manifest)
             content = _Content(manifest, shipped)
             try:
@@ -304,8 +309,8 @@ class AdapterService:
                     digest=manifest.digest,
                     base_model=model.name,
                     model_signature=model.signature,
-                    manifest=adapter_view.manifest_summary(manifest),
-                    shipped_defaults=content.shipped,
+                    manifest=adapter_view.manifest_summary(manifest, content.shipped.warnings),
+                    shipped_defaults=content.shipped.defaults,
                 )
                 adapter.next_version += 1
                 adapter.versions.append(newest)

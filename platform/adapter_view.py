@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loraplex.adapters.errors import Problem
 from loraplex.adapters.manifest import AdapterManifest
 from loraplex.engine.api import AdapterResidencyInfo, AdapterState
 from loraplex.platform.callers import Caller
@@ -34,7 +35,9 @@ _RESIDENCY: Mapping[AdapterState, Residency] = {
 }
 
 
-def manifest_summary(manifest: AdapterManifest) -> dict[str, Any]:
+def manifest_summary(
+    manifest: AdapterManifest, more_warnings: Iterable[Problem] = ()
+) -> dict[str, Any]:
     """What the registry keeps of a manifest; the store has all of it."""
     return {
         "rank": manifest.rank,
@@ -47,7 +50,7 @@ def manifest_summary(manifest: AdapterManifest) -> dict[str, Any]:
         "pages": manifest.pages,
         "features": list(manifest.features),
         "invocation_tokens": list(manifest.invocation_tokens) or None,
-        "warnings": [problem.to_dict() for problem in manifest.warnings],
+        "warnings": [problem.to_dict() for problem in (*manifest.warnings, *more_warnings)],
     }
 
 

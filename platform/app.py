@@ -105,7 +105,13 @@ def create_app(
         resolver = Resolver(db)
         proofs = ProofService(db, store, serving, resolver)
         service = AdapterService(
-            db, store, serving, resolver, settings.max_upload_bytes, proofs.wake
+            db,
+            store,
+            serving,
+            resolver,
+            settings.max_upload_bytes,
+            proofs.wake,
+            tenant_templates=settings.tenant_templates,
         )
         hosts = HostList(settings.source_hosts)
         client = HttpClient(hosts, allow_private=settings.source_private_addresses)
@@ -143,9 +149,10 @@ def create_app(
                 serving,
                 resolver,
                 None if settings.tool_format == "auto" else settings.tool_format,
+                tenant_templates=settings.tenant_templates,
             ),
             embeddings=EmbeddingService(serving, resolver),
-            tokens=TokenService(resolver),
+            tokens=TokenService(resolver, tenant_templates=settings.tenant_templates),
             metrics=RequestMetrics(),
             usage=usage,
             usage_report=UsageReport(db, usage),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from loraplex.engine.errors import InvalidRequest
@@ -12,13 +11,21 @@ from loraplex.platform.chat.tool_formats import FormatName, find_format, knows_t
 from loraplex.platform.chat_schemas import ChatBody
 from loraplex.platform.errors import ApiError
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.template_rules import MAX_SECONDS, TookTooLong, within
 
 
 async def render_chat(body: ChatBody, model: ServedModel) -> str:
     """Raises: ApiError(invalid_request)."""
     if body.chat_template is None:
         return _render(body, model)
-    return await asyncio.to_thread(_render, body, model)  # somebody's own template may be slow
+    try:
+        return await within(MAX_SECONDS, lambda: _render(body, model))
+    except TookTooLong:
+        raise ApiError(
+            "invalid_request",
+            f"the chat template takes more than {MAX_SECONDS:g} s for these messages",
+            param="messages",
+        ) from None
 
 
 def _render(body: ChatBody, model: ServedModel) -> str:

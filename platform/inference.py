@@ -30,6 +30,7 @@ from loraplex.platform.prompts import Prompt, check_token_ids, encode_prompts, e
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.structured import Structured, structured_output
+from loraplex.platform.template_rules import check_may_bring_template
 
 BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
 
@@ -49,11 +50,19 @@ class Prepared:
 
 
 class InferenceService:
-    """tool_format: how the model writes tool calls; None = by its chat template."""
+    """tool_format: how the model writes tool calls; None = by its chat template.
+    tenant_templates: tenants may bring templates.
+    """
 
     def __init__(
-        self, engine: EnginePort, resolver: Resolver, tool_format: FormatName | None = None
+        self,
+        engine: EnginePort,
+        resolver: Resolver,
+        tool_format: FormatName | None = None,
+        *,
+        tenant_templates: bool = False,
     ) -> None:
+        self._tenant_templates = tenant_templates
         self._engine = engine
         self._composer = Composer(resolver)
         self._tool_format = tool_format
@@ -108,6 +117,8 @@ class InferenceService:
         _refuse_unsupported(body)
         if body.requested_max_tokens == 0:
             raise ApiError("invalid_request", "max_tokens must be at least 1", param="max_tokens")
+        if body.chat_template is not None:
+            check_may_bring_template(caller, self._tenant_templates, param="chat_template")
         name, composition = await self._composer.compose(body, model, caller, sticky_key)
         body = composition.defaults.applied(body)
         text = await render_chat(body, model)

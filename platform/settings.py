@@ -150,6 +150,11 @@ class Settings(BaseSettings):
         "auto",
         description="How the model writes tool calls; auto goes by its chat template.",
     )
+    tenant_templates: bool = Field(
+        False,
+        description="Run chat templates that tenants bring, in requests and with adapters. They "
+        "are sandboxed and timed, but may eat memory.",
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Key that clients must send as `Authorization: Bearer KEY`; may be given "

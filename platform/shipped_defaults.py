@@ -7,17 +7,20 @@ model's says nothing.
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from loraplex.adapters.errors import AdapterRefused, Problem
-from loraplex.engine.chat_template import ChatTemplate
-from loraplex.engine.errors import InvalidRequest
 from loraplex.platform.adapter_defaults import AdapterDefaults
+from loraplex.platform.default_checks import check_defaults
+from loraplex.platform.errors import ApiError
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.template_rules import WAY_OUT
 
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -36,18 +39,42 @@ _GENERATION_KEYS = {
 }
 
 
-def shipped_defaults(folder: Path, model: ServedModel) -> dict[str, Any] | None:
-    """`AdapterDefaults.stored_form` of the files in a folder. Blocks.
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """defaults: `AdapterDefaults.stored_form`. warnings: what was left out, and why."""
+
+    defaults: dict[str, Any] | None
+    warnings: tuple[Problem, ...] = ()
+
+
+async def shipped_defaults(folder: Path, model: ServedModel, *, with_template: bool) -> Shipped:
+    """Of the files in a folder, a template tried on a chat. with_template: False leaves one out.
 
     Raises: AdapterRefused naming the file.
     """
+    found = await asyncio.to_thread(_read, folder, model, with_template)
+    template = (found.defaults or {}).get("chat_template")
+    if template is not None:
+        try:
+            await check_defaults(AdapterDefaults.model_validate({"chat_template": template}), model)
+        except ApiError as error:
+            has_own = (folder / TEMPLATE_FILE).is_file()
+            raise _refused(TEMPLATE_FILE if has_own else TOKENIZER_FILE, error.message) from None
+    return found
+
+
+def _read(folder: Path, model: ServedModel, with_template: bool) -> Shipped:
     found = _generation(folder / GENERATION_FILE, model)
     file, template = _template(folder)
+    warnings: tuple[Problem, ...] = ()
     if template is not None and template != model.chat_template.source:
-        found["chat_template"] = template
-        _check_template(file, template, model)
+        if with_template:
+            found["chat_template"] = template
+        else:
+            why = f"its chat template is left out: those of tenants are not run here; {WAY_OUT}"
+            warnings = (Problem("chat_template_left_out", why, file=file),)
     try:
-        return AdapterDefaults.model_validate(found).stored_form()
+        return Shipped(AdapterDefaults.model_validate(found).stored_form(), warnings)
     except ValidationError as error:
         first = error.errors()[0]
         file = TEMPLATE_FILE if first["loc"][0] == "chat_template" else GENERATION_FILE
@@ -86,15 +113,6 @@ def _template(folder: Path) -> tuple[str, str | None]:
         named = [item for item in found if isinstance(item, dict)]
         found = next((t.get("template") for t in named if t.get("name") == "default"), None)
     return TOKENIZER_FILE, found if isinstance(found, str) and found else None
-
-
-def _check_template(file: str, template: str, model: ServedModel) -> None:
-    try:
-        ChatTemplate(template, model.info.special_tokens).render(
-            [{"role": "user", "content": "Hello"}]
-        )
-    except InvalidRequest as error:
-        raise _refused(file, error.message) from None
 
 
 def _json(file: Path) -> dict[str, Any]:

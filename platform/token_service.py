@@ -14,6 +14,7 @@ from loraplex.platform.openai_schemas import AdapterChoice, TokenId
 from loraplex.platform.prompts import check_token_ids, encode_text
 from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
+from loraplex.platform.template_rules import check_may_bring_template
 
 
 class TokenizeBody(AdapterChoice):
@@ -43,8 +44,11 @@ class DetokenizeBody(AdapterChoice):
 
 
 class TokenService:
-    def __init__(self, resolver: Resolver) -> None:
+    """tenant_templates: tenants may bring templates."""
+
+    def __init__(self, resolver: Resolver, *, tenant_templates: bool = False) -> None:
         self._composer = Composer(resolver)
+        self._tenant_templates = tenant_templates
 
     async def tokenize(
         self, body: TokenizeBody, model: ServedModel, caller: Caller
@@ -54,6 +58,8 @@ class TokenService:
         if body.messages is None:
             text, special, param = body.prompt or "", body.add_special_tokens is not False, "prompt"
         else:
+            if body.chat_template is not None:
+                check_may_bring_template(caller, self._tenant_templates, param="chat_template")
             chat = ChatBody.model_construct(
                 messages=body.messages,
                 add_generation_prompt=body.add_generation_prompt,

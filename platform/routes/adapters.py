@@ -24,6 +24,7 @@ from loraplex.platform.schemas import (
     VerifyOrder,
 )
 from loraplex.platform.sources.schemas import AdapterWithPull, PendingAdapter
+from loraplex.platform.template_rules import check_may_bring_template
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -135,6 +136,9 @@ async def patch_adapter(
 ) -> AdapterDetail:
     """Change description, metadata, defaults or who may use it; what is not sent stays."""
     if change.defaults is not None:
+        if change.defaults.chat_template is not None:
+            allowed = state.settings.tenant_templates
+            check_may_bring_template(who, allowed, param="defaults")
         await check_defaults(change.defaults, state.served_model())
     return await state.adapters.patch(who, adapter_id, change)
 

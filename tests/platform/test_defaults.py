@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import tarfile
+import threading
 from typing import Any
 
 import pytest
@@ -265,3 +267,66 @@ async def test_use_files_named_twice_are_ambiguous(server: Any, upload_parts: An
     answer = await upload(server, packed)
     assert answer.status_code == 422
     assert "generation_config.json" in answer.json()["error"]["message"]
+
+
+# --- whose templates run -------------------------------------------------------------------------
+
+OPERATOR = "operator-key"
+RUNAWAY = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}x"
+
+
+async def tenant(server: Any) -> dict[str, str]:
+    operator = {"authorization": f"Bearer {OPERATOR}"}
+    made = await server.http.post("/v1/admin/tenants", json={"name": "acme"}, headers=operator)
+    assert made.status_code == 201, made.text
+    order = {"tenant": "acme", "scopes": ["infer", "upload"]}
+    key = await server.http.post("/v1/admin/keys", json=order, headers=operator)
+    return {"authorization": f"Bearer {key.json()['key']}"}
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_templates_of_tenants_run_only_where_allowed(
+    start: Any, upload_parts: Any, allowed: bool
+) -> None:
+    async with start(api_key=OPERATOR, tenant_templates=allowed) as server:
+        server.http.headers.update(await tenant(server))
+        use_files = {"chat_template.jinja": b"T", "generation_config.json": {"top_k": 3}}
+        answer = await upload(server, archive(upload_parts(), use_files))
+        assert answer.status_code == 201, answer.text
+        shipped, warnings = answer.json()["shipped_defaults"], answer.json()["warnings"]
+        assert shipped == ({"top_k": 3, "chat_template": "T"} if allowed else {"top_k": 3})
+        assert [w["code"] for w in warnings] == ([] if allowed else ["chat_template_left_out"])
+        messages = [{"role": "user", "content": "hi"}]
+        own = {"messages": messages, "chat_template": "x", "max_tokens": 1}
+        answers = [
+            await server.http.post("/v1/chat/completions", json=own),
+            await server.http.post("/tokenize", json={k: own[k] for k in list(own)[:2]}),
+            await server.http.patch("/v1/adapters/sql", json={"defaults": {"chat_template": "x"}}),
+        ]
+        assert {answer.status_code for answer in answers} == ({200} if allowed else {403})
+        if not allowed:
+            params = [answer.json()["error"]["param"] for answer in answers]
+            assert params == ["chat_template", "chat_template", "defaults"]
+        system = await server.http.patch(
+            "/v1/adapters/sql", json={"defaults": {"system_prompt": "s"}}
+        )
+        assert system.status_code == 200
+
+
+async def test_a_template_that_does_not_end_is_ended(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.platform.chat_prompt.MAX_SECONDS", 0.2)
+    await server.upload("sql")
+    before = threading.active_count()
+    body = {"messages": [{"role": "user", "content": "x"}], "chat_template": RUNAWAY}
+    answer = await server.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "more than 0.2 s" in answer.json()["error"]["message"]
+    defaults = {"defaults": {"chat_template": RUNAWAY}}
+    assert (await server.http.patch("/v1/adapters/sql", json=defaults)).status_code == 400
+    for _ in range(1000):
+        if threading.active_count() <= before:
+            break
+        await asyncio.sleep(0.01)
+    assert not [t for t in threading.enumerate() if t.name == "chat-template"]
