@@ -25,7 +25,7 @@ from loraplex.adapters.errors import AdapterError, AdapterRefused
 from loraplex.adapters.store import AdapterStore
 from loraplex.engine.client import EngineClient
 from loraplex.engine.errors import EngineError, InvalidRequest
-from loraplex.platform import errors
+from loraplex.platform import errors, tracing
 from loraplex.platform.adapter_service import AdapterService
 from loraplex.platform.admin_service import AdminService
 from loraplex.platform.admission import AdmissionMiddleware
@@ -68,6 +68,7 @@ from loraplex.platform.sources.pulls import PullService
 from loraplex.platform.sources.watcher import Watcher
 from loraplex.platform.tenant_service import TenantService
 from loraplex.platform.token_service import TokenService
+from loraplex.platform.tracing import TracingMiddleware
 from loraplex.platform.usage import UsageMeter
 from loraplex.platform.usage_report import UsageReport
 
@@ -156,6 +157,7 @@ def create_app(
             metrics=RequestMetrics(),
             usage=usage,
             usage_report=UsageReport(db, usage),
+            tracing=tracing.tracer_provider(),
             base_name=served_name(settings.model, settings.served_model_name),
         )
         app.state.runtime = runtime
@@ -174,6 +176,7 @@ def create_app(
             await sources.close()
             await serving.stop()
             await runtime.usage.close()
+            await tracing.close(runtime.tracing)
             await db.close()
 
     app = FastAPI(
@@ -187,6 +190,7 @@ def create_app(
             Middleware(EnvelopeMiddleware),
             Middleware(AuthMiddleware),
             Middleware(AdmissionMiddleware),
+            Middleware(TracingMiddleware),
             Middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes),
         ],
         exception_handlers=_HANDLERS,

@@ -89,6 +89,7 @@ class Lease:
     caller: Caller
     meters: tuple[Meter, ...] = ()
     answer_ids: list[str] = field(default_factory=list)
+    facts: dict[str, str | int] = field(default_factory=dict)  # of the request, for its trace
 
     def begin(self, answer_id: str, num_prompt_tokens: int) -> None:
         """What the request is, once that is known. Raises: ApiError(rate_limit_exceeded)."""

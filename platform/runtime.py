@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -34,6 +35,9 @@ from loraplex.platform.token_service import TokenService
 from loraplex.platform.usage import UsageMeter, Use
 from loraplex.platform.usage_report import UsageReport
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 
 @dataclass(slots=True)
 class Runtime:
@@ -61,6 +65,7 @@ class Runtime:
     usage: UsageMeter
     usage_report: UsageReport
     base_name: str
+    tracing: TracerProvider | None = None
     model: ServedModel | None = None
     start_failure: str | None = None
 
@@ -103,6 +108,16 @@ class Runtime:
         )
         members = [adapter for adapter, _ in prepared.composition.members]
         self.usage.add(prepared.caller, members, use)
+        if prepared.caller.lease is not None:
+            prepared.caller.lease.facts.update(
+                {
+                    "loraplex.answer_id": prepared.answer.id,
+                    "loraplex.adapters": "+".join(adapter.label for adapter in members),
+                    "loraplex.outcome": outcome,
+                    "gen_ai.usage.input_tokens": use.prompt_tokens,
+                    "gen_ai.usage.output_tokens": use.generated_tokens,
+                }
+            )
 
 
 def runtime(request: Request) -> Runtime:

@@ -232,3 +232,29 @@ async def test_contents_of_before_there_were_proofs_are_unproven(tmp_path: Path)
         assert "proof" not in tables(connection)
         assert len(rows(connection, KEPT["adapter_version"])) == 3
     sync.dispose()
+
+
+def test_adapters_of_before_there_were_tenants_are_the_default_ones(
+    with_connection: Callable[..., None],
+) -> None:
+    def other_owner(connection: Connection) -> None:
+        connection.exec_driver_sql("UPDATE adapter SET tenant = 'acme' WHERE id = 2")
+        connection.commit()
+
+    def check(connection: Connection) -> None:
+        kept = {table: rows(connection, query) for table, query in KEPT.items()}
+        assert rows(connection, "SELECT name, limits, disabled_at FROM tenant ORDER BY name") == [
+            ("acme", "{}", None),
+            ("default", "{}", None),
+        ]
+        owned = rows(connection, "SELECT tenant, name, visibility FROM adapter ORDER BY id")
+        assert owned == [("default", "sql", "private"), ("acme", "json", "private")]
+        assert rows(connection, "SELECT count(*) FROM api_key") == [(0,)]
+        downgrade(connection, "2026_11_24_proofs")
+        assert {table: rows(connection, query) for table, query in KEPT.items()} == kept
+        assert "tenant" not in tables(connection)
+        upgrade(connection)
+        assert {table: rows(connection, query) for table, query in KEPT.items()} == kept
+        assert rows(connection, "PRAGMA foreign_key_check") == []
+
+    with_connection(filled, other_owner, upgrade, check)
