@@ -245,7 +245,7 @@ class AdapterService:
             staging.path,
             model.info.modules,
             self._limits,
-            model.info.name,
+            model.public_name,
             model.info.vocab_size,
         )
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from loraplex.platform.openai_schemas import MAX_LOGPROBS, GenerationBody
 
 MAX_TOOLS = 512
+TEXT_PARTS = ("text", "input_text", "output_text")
 
 ToolName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^\S+$")]
 
@@ -22,6 +23,17 @@ class ChatMessage(BaseModel):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[MessageToolCall] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        for index, part in enumerate(value if isinstance(value, list) else ()):
+            if part.get("type", "text") not in TEXT_PARTS:
+                kind = str(part["type"])[:80]
+                raise ValueError(f"part {index} is of type {kind!r}; only text is supported")
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"part {index} has no text")
+        return value
 
     @model_validator(mode="after")
     def _says_something(self) -> ChatMessage:

@@ -26,6 +26,11 @@ class ServedModel:
     signature: str  # sha256 over the modules: adapters validated against the same one fit
     created_at: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def public_name(self) -> str:
+        """What the base model is, without a path of this server."""
+        return served_name(self.info.name, None)
+
     @classmethod
     def from_info(cls, info: ModelInfo, tokenizer: Tokenizer, name: str) -> ServedModel:
         return cls(

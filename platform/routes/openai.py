@@ -97,7 +97,7 @@ async def retrieve_model(model_id: str, state: State, who: Who) -> JSONResponse:
 
 def _base_card(state: Runtime) -> dict[str, Any]:
     model = state.served_model()
-    card = _card(model.name, model.created_at, root=model.info.name, parent=None)
+    card = _card(model.name, model.created_at, root=model.public_name, parent=None)
     return {**card, "max_model_len": model.info.max_model_len}
 
 
@@ -113,5 +113,20 @@ def _card(name: str, created: int, *, root: str, parent: str | None) -> dict[str
         "owned_by": "loraplex",
         "root": root,
         "parent": parent,
-        "permission": [],
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
     }

@@ -484,3 +484,18 @@ async def test_a_served_name_may_have_slashes(start: Any) -> None:
     async with start(served_model_name="meta/Tiny-1") as server:
         assert (await server.http.get("/v1/models/meta/Tiny-1")).json()["id"] == "meta/Tiny-1"
         assert (await complete(server, model="meta/Tiny-1"))["model"] == "meta/Tiny-1"
+
+
+async def test_models_tell_what_clients_of_other_servers_read(start: Any, tmp_path: Any) -> None:
+    """By `parent` routers find adapters; `root` is no path of this server."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    async with start(model=str(folder)) as server:
+        await server.upload("sql")
+        answer = await server.http.get("/v1/models")
+        base, sql = answer.json()["data"]
+        assert (base["id"], base["root"], base["parent"]) == ("my-model", "tiny", None)
+        assert (sql["id"], sql["root"], sql["parent"]) == ("sql", "sql", "my-model")
+        assert (base["max_model_len"], sql["max_model_len"]) == (128, None)
+        assert base["permission"][0]["object"] == "model_permission"
+        assert str(tmp_path) not in answer.text
