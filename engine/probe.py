@@ -11,7 +11,8 @@ differences relative to the norm of the logits:
     effect      with - without the adapter, both by the reference
 
 A wrong scaling, gain or shift, a swapped or missing module and a wrong transposition show as an
-error the size of the effect. An effect of zero is an adapter that changes nothing.
+error the size of the effect. An effect of zero is an adapter that changes nothing. An activated
+LoRA applies from a token in the middle on, whatever its invocation tokens are.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from loraplex.kernels.ops import AttentionBatch, LoraBatch, PageTables
 
 PROBE_SEQ_ID = -1  # no sequence of a request has it
 NUM_TOKENS = 12  # all but the last as a prefill, the last as a decode
+ACTIVATED_AT = 5  # where an activated LoRA begins: inside the prefill
 # Errors accumulate alike with and without the adapter, so the base's own is the measure.
 _TIMES_BASE_ERROR = 4
 _TIMES_EPSILON = 16
@@ -92,7 +94,8 @@ class AdapterProber:
     @torch.inference_mode()
     def run_paged(self, source: FromFiles) -> Tensor:
         """`[NUM_TOKENS, vocab]` the way requests go; it must be on the device."""
-        return self._paged(self._tokens_for(source.loaded), source.loaded.digest)
+        loaded = source.loaded
+        return self._paged(self._tokens_for(loaded), loaded.digest, _first(loaded))
 
     @torch.inference_mode()
     def compare(self, source: FromFiles, paged: Tensor) -> AdapterProbe:
@@ -100,7 +103,7 @@ class AdapterProber:
         loaded, dtype = source.loaded, self._decoder.embedding.dtype
         tokens = self._tokens_for(loaded)
         without, base_error = self._without(tokens)
-        adapter = Adapter.of(loaded, source.norms, tokens.device)
+        adapter = Adapter.of(loaded, source.norms, tokens.device, _first(loaded))
         expected = reference_logits(self._decoder, tokens, adapter)
         error = _distance(paged, expected)
         effect = _distance(expected, without)
@@ -136,13 +139,18 @@ class AdapterProber:
             self._base = found
         return found
 
-    def _paged(self, tokens: Tensor, digest: str | None) -> Tensor:
+    def _paged(self, tokens: Tensor, digest: str | None, first: int = 0) -> Tensor:
         return paged_logits(
-            self._decoder, self._pool, self._block_size, tokens, digest, self._lanes
+            self._decoder, self._pool, self._block_size, tokens, digest, self._lanes, first
         )
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
+
+
+def _first(loaded: LoadedAdapter) -> int:
+    """Position from which it applies to the probe's tokens."""
+    return ACTIVATED_AT if loaded.invocation_tokens else 0
 
 
 def probe_tokens(vocab_size: int) -> Tensor:
@@ -157,10 +165,11 @@ def paged_logits(
     token_ids: Tensor,
     digest: str | None,
     lanes: Lanes,
+    first: int = 0,
 ) -> Tensor:
     """The way requests go: pages, lane, block tables, a prefill and a decode. `[T, vocab]` fp32.
 
-    digest: None for the base model.
+    digest: None for the base model. first: position from which the adapter applies.
     """
     for arrival in () if digest is None else pool.arriving([digest]):
         arrival.wait(arrival.num_layers - 1)
@@ -177,7 +186,8 @@ def paged_logits(
 
     hidden = []
     for start, end in ((0, NUM_TOKENS - 1), (NUM_TOKENS - 1, NUM_TOKENS)):
-        lora = None if digest is None else _lora_batch(pool, digest, end - start, device)
+        active = range(max(0, first - start), end - start)  # rows
+        lora = None if digest is None else _lora_batch(pool, digest, active, device)
         batch = _attention_batch(start, end, num_blocks, device)
         lane = lane_of(end - start)
         hidden.append(decoder.forward(token_ids[start:end], kv, batch, lora, lane=lane).clone())
@@ -185,11 +195,11 @@ def paged_logits(
     return decoder.logits(torch.cat(hidden), lane and lane.at(range(NUM_TOKENS))).float()
 
 
-def _lora_batch(pool: PagePool, digest: str, rows: int, device: torch.device) -> LoraBatch | None:
+def _lora_batch(pool: PagePool, digest: str, rows: range, device: torch.device) -> LoraBatch | None:
     pages = pool.pages(digest)
     if not pages:
         return None
-    tile = (0, rows, 0, len(pages))
+    tile = (rows.start, len(rows), 0, len(pages))
     return LoraBatch(
         tables=PageTables(
             pool.arena, pool.offset_a, pool.offset_b, pool.live_ranks, pool.scaling, pool.version

@@ -24,14 +24,23 @@ Delta = dict[Key, tuple[Tensor, Tensor, float]]  # A, B^T, scaling
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """gains: DoRA's `m / |W + s B A|`, by module, `[out]`. All fp32, on the device."""
+    """gains: DoRA's `m / |W + s B A|`, by module, `[out]`. All fp32, on the device.
+    first: position from which A and B apply, above 0 of an activated LoRA only.
+    """
 
     delta: Delta = field(default_factory=dict)
     gains: dict[Key, Tensor] = field(default_factory=dict)
     extras: Extras = field(default_factory=Extras)
+    first: int = 0
 
     @classmethod
-    def of(cls, loaded: LoadedAdapter, norms: dict[Key, Tensor], device: torch.device) -> Adapter:
+    def of(
+        cls,
+        loaded: LoadedAdapter,
+        norms: dict[Key, Tensor],
+        device: torch.device,
+        first: int = 0,
+    ) -> Adapter:
         """norms: of `dora_norms`."""
         return cls(
             {
@@ -40,6 +49,7 @@ class Adapter:
             },
             {key: (m / norms[key]).to(device) for key, m in loaded.extras.magnitudes.items()},
             loaded.extras,
+            first,
         )
 
 
@@ -90,7 +100,8 @@ def reference_logits(decoder: Decoder, token_ids: Tensor, adapter: Adapter) -> T
                 y = x @ own(extras.linears[key]).t()
             if key in delta:
                 a, bt, scaling = delta[key]
-                y = y + (x @ a.t() @ bt) * scaling
+                applies = positions[:, None] >= adapter.first
+                y = y + applies * (x @ a.t() @ bt) * scaling
             if key in adapter.gains:
                 y = y * adapter.gains[key]
             if key in extras.biases:

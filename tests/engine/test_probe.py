@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from loraplex.engine.api import AdapterProbe
 from loraplex.engine.build import build_engine
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.hosted import HostedEngine
-from loraplex.engine.probe import AdapterProber, FromFiles, probe_tokens
+from loraplex.engine.probe import ACTIVATED_AT, AdapterProber, FromFiles, probe_tokens
 from loraplex.engine.reference import Adapter, reference_logits
 
 
@@ -237,3 +238,35 @@ def test_what_cannot_be_probed_says_why_and_the_engine_lives(
     assert "out of memory" in answer.error.message
     monkeypatch.undo()
     assert ask(engine, digests["all"], []).error is None
+
+
+def test_an_activated_lora_is_proven_from_where_it_begins(
+    make_bench: Any,
+    tiny_model: Any,
+    store_adapters: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loraplex.adapters.store import AdapterStore
+    from loraplex.adapters.weights import load_weights
+    from loraplex.engine import probe as probe_module
+
+    model = tiny_model("llama")
+    folders = sys.modules["alora_cases"].save_adapters(model, tmp_path)
+    digest = store_adapters(tmp_path / "store", model, folders)["call"]
+    activated = load_weights(AdapterStore(tmp_path / "store").path(digest), torch.float32)
+    assert activated.invocation_tokens
+    for backend in ("torch", "native"):
+        bench = make_bench(model, backend, folders)
+        prober = AdapterProber(bench.decoder, bench.pool, BLOCK_SIZE, Path(), Path())
+        source = FromFiles(activated)
+        paged = prober.run_paged(source)
+        result = prober.compare(source, paged)
+        assert result.agrees
+        assert result.effect > 100 * result.error
+        everywhere = FromFiles(replace(activated, invocation_tokens=()))
+        assert not prober.compare(everywhere, paged).agrees
+        for shift in (-1, 1):  # a token early, a token late
+            with monkeypatch.context() as patch:
+                patch.setattr(probe_module, "ACTIVATED_AT", ACTIVATED_AT + shift)
+                assert not prober.compare(source, paged).agrees
