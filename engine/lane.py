@@ -105,10 +105,11 @@ class Lane:
                 if own is not None:
                     out[:, self.model.columns[module]] = own.multiply(x[part.rows])
             gain = extras.gains.get(key)
+            # In fp32, rounded once; `out=` spares a prefill a copy of it all in fp32.
             if gain is not None:
-                out.copy_(torch.addcmul(shift, out, gain))
+                torch.addcmul(shift, out, gain, out=out)
             else:
-                out.copy_(torch.add(out, shift, alpha=part.weight))
+                torch.add(out, shift, alpha=part.weight, out=out)
         return y
 
     def norm(self, x: Tensor, residual: Tensor, index: int) -> None:
