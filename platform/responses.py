@@ -49,7 +49,7 @@ class GenerationResponse(Response):
             lease.begin(self._prepared.answer.id, generation.num_prompt_tokens)
             generation.on_tokens = lease.charge
         self._lifetimes = scope["app"].state.runtime.lifetimes
-        send = self._lifetimes.guarded(send)
+        send = sending = self._lifetimes.guarded(send)
         work = self._stream(send) if self._prepared.stream else self._limited(self._whole(send))
         outcome = "abort"
         try:
@@ -66,6 +66,7 @@ class GenerationResponse(Response):
                 state["param"] = self._prepared.grammar_param
             raise
         finally:
+            self._lifetimes.release(sending)
             self._on_end(self._prepared, outcome)
 
     async def _limited(self, work: Coroutine[Any, Any, str]) -> str:

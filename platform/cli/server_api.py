@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -53,15 +54,21 @@ class ServerApi:
 
     def request(self, method: str, path: str, **arguments: Any) -> Any:
         """The decoded body of a successful answer."""
+        path, whose = _of_tenant(path)
+        headers = {**arguments.pop("headers", {}), **whose}
         with self._reaching():
-            response = self._client.request(method, path, **arguments)
+            response = self._client.request(method, path, headers=headers, **arguments)
         raise_for_status(response)
         return response.json() if response.content else None
 
     @contextmanager
     def stream(self, method: str, path: str, **arguments: Any) -> Iterator[httpx.Response]:
         """A successful answer whose body is still to be read."""
-        with self._reaching(), self._client.stream(method, path, **arguments) as response:
+        path, headers = _of_tenant(path)
+        with (
+            self._reaching(),
+            self._client.stream(method, path, headers=headers, **arguments) as response,
+        ):
             if response.is_error:
                 response.read()
                 raise_for_status(response)
@@ -117,6 +124,12 @@ class ServerApi:
 def adapter_path(reference: str, *rest: str) -> str:
     """`/v1/adapters/<reference>/...`, whatever characters the user typed."""
     return "/".join(["/v1/adapters", quote(reference, safe=":@"), *rest])
+
+
+def _of_tenant(path: str) -> tuple[str, dict[str, str]]:
+    """`/v1/adapters/acme%2Fsql`, which no path can say, as one of sql and whose that is."""
+    found = re.fullmatch(r"(/v1/(?:admin/)?adapters/)([^/%]+)%2F(.*)", path)
+    return (path, {}) if found is None else (found[1] + found[3], {"x-tenant": found[2]})
 
 
 def raise_for_status(response: httpx.Response) -> None:

@@ -208,3 +208,11 @@ def test_errors_of_any_shape_are_one_line(
     stub.routes["GET /v1/adapters/x"] = (status, body)
     done = cli("adapter", "show", "x", "--url", stub.url)
     assert (done.exit_code, done.stderr) == (1, line + "\n")
+
+
+def test_another_tenants_adapter_is_named_in_a_header(cli: Any, stub: Any) -> None:
+    stub.routes["DELETE /v1/adapters/sql"] = (404, {"error": {"message": "no", "code": "x"}})
+    cli("adapter", "rm", "acme/sql", "--url", stub.url)
+    assert [asked.path.partition("?")[0] for asked in stub.asked][-1] == "/v1/adapters/sql"
+    headers = {name.lower(): value for name, value in stub.asked[-1].headers.items()}
+    assert headers["x-tenant"] == "acme"
