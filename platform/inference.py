@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from loraplex.engine.api import GenerationRequest, SamplingParams
+from loraplex.engine.api import GenerationRequest
+from loraplex.platform.bad_words import ban
 from loraplex.platform.callers import Caller
 from loraplex.platform.chat.parsing import Parsing
 from loraplex.platform.chat.tool_formats import FormatName
@@ -31,8 +32,6 @@ from loraplex.platform.resolution import Resolver
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.structured import Structured, structured_output
 from loraplex.platform.template_rules import check_may_bring_template
-
-BAN = -100.0  # a bias that keeps a token from being chosen, as OpenAI defines it
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +183,16 @@ class InferenceService:
             )
         _check_token_lists(body, model.info.vocab_size)
         composition = composition.in_prompts([prompt.token_ids for prompt in prompts])
+        banned: dict[int, float] = {}
+        if body.bad_words:
+            bad = ban(body.bad_words, model)
+            if bad.structured is not None and structured is not None:
+                raise ApiError(
+                    "unsupported_parameter",
+                    f"bad_words of several tokens do not go together with {structured.param}",
+                    param="bad_words",
+                )
+            banned, structured = bad.bias, structured or bad.structured
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         answer_id = f"{prefix}-{body.request_id or uuid.uuid4().hex}"
         show_special = body.skip_special_tokens is False
@@ -210,8 +219,9 @@ class InferenceService:
                 sampling = msgspec.structs.replace(sampling, logprobs=0)
             if structured is not None:
                 sampling = msgspec.structs.replace(sampling, grammar=structured.grammar)
-            if body.bad_words:
-                sampling = _ban(body.bad_words, sampling, model)
+            if banned:
+                bias = {**sampling.logit_bias, **banned}
+                sampling = msgspec.structs.replace(sampling, logit_bias=bias)
             for p, prompt in enumerate(prompts):
                 index = p * num_choices + i
                 request = GenerationRequest(
@@ -269,26 +279,3 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     found = body.unsupported()
     if found is not None:
         raise ApiError("unsupported_parameter", found[1], param=found[0])
-
-
-def _ban(words: Sequence[str], sampling: SamplingParams, model: ServedModel) -> SamplingParams:
-    """Keep the model from words that are one token, at the beginning of a text or behind a space.
-
-    Raises: ApiError(unsupported_parameter) for a word of several tokens.
-    """
-    bias = dict(sampling.logit_bias)
-    for word in words:
-        forms = [
-            ids
-            for text in {word, " " + word.lstrip()}
-            if len(ids := model.tokenizer.encode(text, add_special_tokens=False)) == 1
-        ]
-        if not forms:
-            raise ApiError(
-                "unsupported_parameter",
-                f"bad_words: {word[:80]!r} is more than one token of this model; only words of "
-                "one token can be banned",
-                param="bad_words",
-            )
-        bias.update({ids[0]: BAN for ids in forms})
-    return msgspec.structs.replace(sampling, logit_bias=bias)

@@ -181,6 +181,18 @@ def test_forced_tools_follow_their_schemas_whatever_the_model_would_say(
     assert text == call.function.arguments  # type: ignore[union-attr]
 
 
+def test_bad_words_never_come(client: openai.OpenAI, uploaded: list[str]) -> None:
+    """The greedy answer, without a piece of itself; the model goes another way."""
+    asked: Any = {"model": uploaded[0], "prompt": "hello", "max_tokens": 12, "temperature": 0}
+    free = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
+    for word in (free[1:3], free[2:5], free[:1]):
+        more = {"ignore_eos": True, "bad_words": [word]}
+        answer = client.completions.create(**asked, extra_body=more).choices[0].text
+        assert word not in answer
+        assert answer != free
+        assert answer
+
+
 def test_embeddings_of_the_base_and_of_an_adapter(
     client: openai.OpenAI, uploaded: list[str]
 ) -> None:

@@ -132,7 +132,6 @@ async def test_what_is_not_supported_is_refused_by_name(server: Any) -> None:
     for field, value in (
         ("suffix", "end"),
         ("use_beam_search", True),
-        ("bad_words", ["two tokens"]),
     ):
         answer = await server.http.post("/v1/completions", json={"prompt": "x", field: value})
         check(answer, 400, "unsupported_parameter", field)

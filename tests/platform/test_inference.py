@@ -251,6 +251,17 @@ async def test_bad_words_of_one_token_are_banned(server: Any) -> None:
     assert server.engine.seen[0].sampling.logit_bias == {97: -100, 98: -100, 99: 1}
 
 
+async def test_bad_words_of_several_tokens_are_kept_out_by_a_grammar(server: Any) -> None:
+    await complete(server, bad_words=["a", "so so", "n\n/é"])
+    sampling = server.engine.seen[0].sampling
+    assert sampling.logit_bias == {97: -100}
+    assert sampling.grammar.kind == "grammar"
+    assert r"(so\x{20}so|n\x{a}\x{2f}\x{e9})" in sampling.grammar.text
+    both = {"prompt": "x", "bad_words": ["so so"], "response_format": {"type": "json_object"}}
+    answer = await server.http.post("/v1/completions", json=both)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "bad_words")
+
+
 async def test_a_request_may_bring_its_own_id(server: Any) -> None:
     assert (await complete(server, request_id="mine"))["id"] == "cmpl-mine"
     assert (await chat(server, request_id="mine"))["id"] == "chatcmpl-mine"
