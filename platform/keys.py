@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ class KeyRing:
         self._known: dict[str, _Known] = {}
         self._tenant_limits: dict[str, dict[str, Any]] = {}
         self._state: object = None
-        self._checked_at = -RECHECK_S
+        self._checked_at = -math.inf
+        self._generation = 0
         self._reading = asyncio.Lock()
 
     @property
@@ -70,7 +72,8 @@ class KeyRing:
 
     def forget(self) -> None:
         """A key or tenant was changed; the next request sees it."""
-        self._checked_at = -RECHECK_S
+        self._checked_at = -math.inf
+        self._generation += 1
 
     async def caller(self, authorization: str, tenant: str) -> Caller:
         """Who sends this header. tenant: the header `x-tenant`, empty without.
@@ -109,6 +112,7 @@ class KeyRing:
             now = time.monotonic()
             if now - self._checked_at < RECHECK_S:
                 return  # somebody else just did
+            generation = self._generation
             async with self._db.read() as session:
                 keys, tenants = KeyRepository(session), TenantRepository(session)
                 state = (await keys.state(), await tenants.state())
@@ -117,7 +121,8 @@ class KeyRing:
                     self._known = {row.id: _known(row, found) for row in await keys.all()}
                     self._tenant_limits = {name: row.limits for name, row in found.items()}
                     self._state = state
-            self._checked_at = now
+            if generation == self._generation:  # else what was read may be old already
+                self._checked_at = now
 
 
 def _id_of(key: str) -> str:

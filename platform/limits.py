@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,21 +107,8 @@ class Lease:
                 meter.tokens.level -= tokens
 
     def headers(self) -> dict[str, str]:
-        """Of each kind of limit the one that is nearest."""
-        found: dict[str, str] = {}
-        for kind in ("requests", "tokens"):
-            buckets = [b for meter in self.meters if (b := getattr(meter, kind)) is not None]
-            if not buckets:
-                continue
-            now = self.admission.clock()
-            for bucket in buckets:
-                bucket.refill(now)
-            nearest = min(buckets, key=lambda bucket: float(bucket.level))
-            found[f"x-ratelimit-limit-{kind}"] = f"{math.floor(nearest.capacity)}"
-            found[f"x-ratelimit-remaining-{kind}"] = f"{max(0, math.floor(nearest.level))}"
-            reset = nearest.seconds_until(nearest.capacity)
-            found[f"x-ratelimit-reset-{kind}"] = _duration(reset)
-        return found
+        """How much of the limits is left now."""
+        return _headers(self.meters, self.admission.clock())
 
     def end(self) -> None:
         for meter in self.meters:
@@ -154,8 +141,12 @@ class Admission:
         if caller.tenant is not None and caller.tenant_limits:
             key = ("tenant", caller.tenant)
             meters.append(self._meter(key, f"tenant {caller.tenant!r}", caller.tenant_limits, now))
-        for meter in meters:
-            meter.check_request(now)
+        try:
+            for meter in meters:
+                meter.check_request(now)
+        except ApiError as error:
+            error.headers.update(_headers(meters, now))
+            raise
         for meter in meters:
             meter.running += 1
             if meter.requests is not None:
@@ -178,6 +169,22 @@ class Admission:
         elif meter.limits != limits:
             meter.change(limits, now)
         return meter
+
+
+def _headers(meters: Sequence[Meter], now: float) -> dict[str, str]:
+    """Of each kind of limit the one that is nearest."""
+    found: dict[str, str] = {}
+    for kind in ("requests", "tokens"):
+        buckets: list[Bucket] = [b for m in meters if (b := getattr(m, kind)) is not None]
+        if not buckets:
+            continue
+        for bucket in buckets:
+            bucket.refill(now)
+        nearest = min(buckets, key=lambda bucket: bucket.level)
+        found[f"x-ratelimit-limit-{kind}"] = f"{math.floor(nearest.capacity)}"
+        found[f"x-ratelimit-remaining-{kind}"] = f"{max(0, math.floor(nearest.level))}"
+        found[f"x-ratelimit-reset-{kind}"] = _duration(nearest.seconds_until(nearest.capacity))
+    return found
 
 
 def _exceeded(why: str, retry_after_s: float) -> ApiError:

@@ -173,3 +173,22 @@ async def test_the_service_works_without_a_server(tmp_path: Path) -> None:
     who = await ring.caller(f"Bearer {created.key}", "")
     await db.close()
     assert (who.tenant, who.home, who.key_id) == ("acme", "acme", created.id)
+
+
+async def test_a_key_revoked_while_the_keys_are_read_is_out_at_once(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read had begun before the change: what it found must not count as fresh."""
+    key = (await made(server))["key"]
+    ring, real = server.runtime.keys, keys_module.TenantRepository.state
+
+    async def slow(repository: Any) -> Any:
+        found = await real(repository)
+        monkeypatch.undo()
+        await server.runtime.tenants.revoke_key(Caller(), key.split("_")[1])
+        return found
+
+    monkeypatch.setattr(keys_module.TenantRepository, "state", slow)
+    ring.forget()
+    await status(server, key)
+    assert await status(server, key) == 401

@@ -66,7 +66,9 @@ async def test_requests_per_second(server: Any) -> None:
     assert first.headers["x-ratelimit-remaining-requests"] == "1"
     assert first.headers["x-ratelimit-reset-requests"] == "500ms"
     assert (await complete(server, headers)).status_code == 200
-    check_refused(await complete(server, headers), "1", "this API key", "requests_per_s of 2")
+    refused = await complete(server, headers)
+    check_refused(refused, "1", "this API key", "requests_per_s of 2")
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert len(server.engine.seen) == 2
     server.clock.now += 0.5
     assert (await complete(server, headers)).status_code == 200

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -141,6 +144,24 @@ async def test_a_normal_stop_loses_nothing(start: Any) -> None:
         await complete(server, {})
         (row,) = await rows(server, {})
         assert row["requests"] == 2
+
+
+async def test_a_kill_loses_two_seconds_at_most(
+    start: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """The writer works by itself: nobody asks, nothing is stopped."""
+    assert usage_module.FLUSH_INTERVAL_S <= 2
+    monkeypatch.setattr(usage_module, "FLUSH_INTERVAL_S", 0.05)
+    async with start() as server:
+        await complete(server, {})
+        query = "SELECT requests, generated_tokens FROM usage_hour"
+        for _ in range(200):
+            with closing(sqlite3.connect(tmp_path / "data" / "registry.sqlite")) as registry:
+                found = list(registry.execute(query))
+            if found:
+                break
+            await asyncio.sleep(0.02)
+        assert found == [(1, 3)]
 
 
 async def test_a_write_that_fails_is_tried_again(
