@@ -39,7 +39,7 @@ _ALL_METHODS = "GET POST PUT PATCH DELETE"
 RULES: tuple[Rule, ...] = (
     _rule("GET", r"/(healthz|readyz|version|docs|openapi\.json|health|ping)", open=True),
     # Tells of all tenants.
-    _rule("GET", r"/metrics", Scope.ADMIN, operator=True),
+    _rule("GET", r"/(metrics|load)", Scope.ADMIN, operator=True),
     _rule("GET", r"/v1/models(/.*)?", *_ANY),
     _rule("POST", r"/v1/(chat/)?completions", Scope.INFER),
     _rule("POST", r"/v1/embeddings", Scope.INFER),

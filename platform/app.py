@@ -33,6 +33,7 @@ from loraplex.platform.alias_service import AliasService
 from loraplex.platform.auth import AuthMiddleware
 from loraplex.platform.body_limit import BodyLimitMiddleware
 from loraplex.platform.db import Database
+from loraplex.platform.dialects.error_bodies import Dialect, error_answer
 from loraplex.platform.embeddings import EmbeddingService
 from loraplex.platform.engine_port import EnginePort
 from loraplex.platform.envelope import EnvelopeMiddleware, envelope_headers
@@ -51,9 +52,11 @@ from loraplex.platform.routes import (
     admin,
     aliases,
     health,
+    lora_adapters,
     openai,
     pulls,
     tenants,
+    tgi,
     tokens,
 )
 from loraplex.platform.routes import usage as usage_routes
@@ -73,6 +76,21 @@ from loraplex.platform.usage import UsageMeter
 from loraplex.platform.usage_report import UsageReport
 
 log = logging.getLogger(__name__)
+
+ROUTERS = (
+    pulls.router,
+    adapters.router,
+    aliases.router,
+    admin.router,
+    tenants.router,
+    usage_routes.router,
+    openai.router,
+    tokens.router,
+    lora_adapters.vllm,
+    lora_adapters.sglang,
+    tgi.router,
+    health.router,
+)
 
 OnEngineFailed = Callable[[Exception], None]
 OnEngineProgress = Callable[[str, int, int], None]  # phase, done, total
@@ -195,18 +213,8 @@ def create_app(
         ],
         exception_handlers=_HANDLERS,
     )
-    for routes in (
-        pulls,
-        adapters,
-        aliases,
-        admin,
-        tenants,
-        usage_routes,
-        openai,
-        tokens,
-        health,
-    ):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.openapi = partial(document, app)  # type: ignore[method-assign]
     return app
 
@@ -262,16 +270,17 @@ async def _start_engine(runtime: Runtime, on_failed: OnEngineFailed | None) -> N
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def _respond(status: int, code: str, message: str, **fields: Any) -> JSONResponse:
-    return JSONResponse(
-        errors.body(status, code, message, **fields), status, headers=errors.headers(status, code)
-    )
+def _respond(request: Request, status: int, code: str, message: str, **fields: Any) -> JSONResponse:
+    dialect = getattr(request.state, "dialect", Dialect.NATIVE)
+    headers = errors.headers(status, code)
+    status, body = error_answer(dialect, status, code, message, **fields)
+    return JSONResponse(body, status, headers=headers)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     answer = _respond(
-        error.status, error.code, error.message, param=error.param, details=error.details
+        request, error.status, error.code, error.message, param=error.param, details=error.details
     )
     answer.headers.update(error.headers)
     return answer
@@ -286,7 +295,7 @@ async def _engine_error(request: Request, error: Exception) -> Response:
         re.match(r"([a-z_]+)(=|:)", error.message) if isinstance(error, InvalidRequest) else None
     )
     param = getattr(request.state, "param", None) or (named[1] if named else None)
-    answer = _respond(errors.status_of(error), error.code, error.message, param=param)
+    answer = _respond(request, errors.status_of(error), error.code, error.message, param=param)
     answer.headers.update(getattr(request.state, "adapter_headers", {}))
     return answer
 
@@ -295,8 +304,10 @@ async def _adapter_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterError)
     if isinstance(error, AdapterRefused):
         details = [problem.to_dict() for problem in error.problems]
-        return _respond(422, error.code, f"adapter refused: {error.message}", details=details)
-    return _respond(errors.STATUS.get(error.code, 500), error.code, error.message)
+        return _respond(
+            request, 422, error.code, f"adapter refused: {error.message}", details=details
+        )
+    return _respond(request, errors.STATUS.get(error.code, 500), error.code, error.message)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -305,12 +316,12 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     kind = request.headers.get("content-type", "")
     if kind and "json" not in kind and any(item["loc"] == ("body",) for item in error.errors()):
         message = f"the body must be JSON: send `Content-Type: application/json`, not {kind[:80]!r}"
-        return _respond(415, "unsupported_media_type", message)
+        return _respond(request, 415, "unsupported_media_type", message)
     problems = [_problem(item) for item in error.errors()]
     first = problems[0]
     where = first["param"]
     message = f"{where}: {first['message']}" if where else str(first["message"])
-    return _respond(400, "invalid_request", message, param=where, details=problems)
+    return _respond(request, 400, "invalid_request", message, param=where, details=problems)
 
 
 def _problem(item: dict[str, Any]) -> dict[str, Any]:
@@ -318,6 +329,8 @@ def _problem(item: dict[str, Any]) -> dict[str, Any]:
     # position there.
     loc = item["loc"]
     param = loc[1] if len(loc) > 1 and isinstance(loc[1], str) else None
+    if param in ("parameters", "sampling_params") and len(loc) > 2:  # what these hold is meant
+        param = f"{param}.{loc[2]}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "json_invalid":
         message = f"the body is not valid JSON: {item.get('ctx', {}).get('error', message)}"
@@ -343,7 +356,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("allow", "")
         message = f"{request.method} is not allowed on {request.url.path}; allowed: {allowed}"
-    return _respond(error.status_code, errors.code_of(error.status_code), message)
+    return _respond(request, error.status_code, errors.code_of(error.status_code), message)
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:
@@ -352,7 +365,9 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     """Our bug. The log has the traceback (the server writes it), the client only this."""
-    answer = _respond(500, "internal_error", "an internal error; the server's log has the details")
+    answer = _respond(
+        request, 500, "internal_error", "an internal error; the server's log has the details"
+    )
     answer.headers.update(
         envelope_headers(request.url.path, getattr(request.state, "request_id", "-"))
     )

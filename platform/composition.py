@@ -92,13 +92,16 @@ class Composer:
         key = sticky_key or body.user or uuid.uuid4().hex
         by_model = None
         if body.model and body.model not in (model.name, model.info.name):
-            by_model = await self._by_model(caller, body.model, key)
+            # "base:adapter" is how SGLang's clients name an adapter.
+            text = body.model.removeprefix(f"{model.name}:")
+            by_model = await self._by_model(caller, text, key)
         if body.adapters:
             members = [(item.id, item.weight) for item in body.adapters]
             param = "adapters"
         else:
-            members = [(body.adapter_id, 1.0)] if body.adapter_id else []
-            param = "adapter_id"
+            name = body.adapter_id or body.lora_path
+            members = [(name, 1.0)] if name else []
+            param = "adapter_id" if body.adapter_id or not name else "lora_path"
         resolved = [
             (await self._resolver.choose(caller, text, key, param=param), weight)
             for text, weight in members

@@ -15,6 +15,7 @@ import msgspec
 from loraplex.engine.api import FinishReason, TokenLogprobs
 from loraplex.engine.stream import TextChunk
 from loraplex.engine.tokenizer import Tokenizer
+from loraplex.platform import errors
 from loraplex.platform.chat.parsing import MessageParser, Parsing, whole_message
 from loraplex.platform.generation import Choice, Generation
 from loraplex.platform.openai_logprobs import LogprobWriter, prompt_logprobs
@@ -256,6 +257,10 @@ class StreamWriter:
             **self._answer.adapter_fields(),
         }
         return self._head + b"," + encode(fields)[1:] + b"\n\n" + DONE
+
+    def error(self, status: int, code: str, message: str) -> bytes:
+        """Instead of all that would follow."""
+        return b"data: " + encode(errors.body(status, code, message)) + b"\n\n"
 
     def _opening(self, index: int, chunk: TextChunk) -> bytes:
         answer = self._answer

@@ -59,6 +59,7 @@ class AdapterChoice(BaseModel):
     adapters: Annotated[list[AdapterWeight], Field(max_length=MAX_ADAPTERS)] | None = Field(
         None, description="A weighted composition of adapters, applied at run time."
     )
+    lora_path: str | None = Field(None, description="SGLang's name of adapter_id.")
     user: str | None = None
 
     # Of fields that exclude each other the one that comes later is the one at fault.

@@ -11,12 +11,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loraplex.engine.errors import EngineError
+from loraplex.engine.stream import TextChunk
 from loraplex.platform import errors
 from loraplex.platform.embeddings import VectorForm, written
 from loraplex.platform.inference import Prepared
@@ -30,9 +31,23 @@ OnEnd = Callable[[Prepared, str], None]
 ABORT = "loraplex.abort"  # ASGI extension: a function that drops the connection at once
 
 
+class EventWriter(Protocol):
+    """What is sent of a stream; `openai_format.StreamWriter` is one."""
+
+    def chunk(self, index: int, chunk: TextChunk) -> bytes: ...
+
+    def last(self) -> bytes:
+        """What follows the last chunk."""
+        ...
+
+    def error(self, status: int, code: str, message: str) -> bytes:
+        """Instead of all that would follow."""
+        ...
+
+
 class GenerationResponse(Response):
     """Runs one prepared generation. `on_end` hears exactly once how it ended: a finish reason,
-    "abort" or "error".
+    "abort" or "error". Dialects say in subclasses how answers look.
     """
 
     _lifetimes: Lifetimes
@@ -73,21 +88,32 @@ class GenerationResponse(Response):
         async with self._lifetimes.limited():
             return await work
 
-    async def _whole(self, send: Send) -> str:
+    def _writer(self) -> EventWriter:
+        return StreamWriter(self._prepared.answer, self._prepared.generation)
+
+    async def _answer(self) -> Any:
+        """The body of a whole answer, once all of it is there."""
         prepared = self._prepared
         generation = prepared.generation
         collected = [Collected(prepared.answer, choice) for choice in generation.choices]
         async with aclosing(generation.deltas()) as deltas:
             async for index, chunk in deltas:
                 collected[index].add(chunk)
-        body = encode(whole(prepared.answer, generation, collected))
+        return whole(prepared.answer, generation, collected)
+
+    def _answer_headers(self) -> dict[str, str]:
+        """Sent with an answer, which may just begin."""
+        return self._prepared.composition.headers()
+
+    async def _whole(self, send: Send) -> str:
+        body = encode(await self._answer())
         await send(self._start(b"application/json", len(body)))
         await send({"type": "http.response.body", "body": body})
         return self._finish_reason()
 
     async def _stream(self, send: Send) -> str:
         prepared = self._prepared
-        writer = StreamWriter(prepared.answer, prepared.generation)
+        writer = self._writer()
         body = b""
         begun = False
         running = len(prepared.generation.choices)
@@ -106,9 +132,8 @@ class GenerationResponse(Response):
             except EngineError as error:
                 if not begun:
                     raise
-                status = errors.status_of(error)
-                body = encode(errors.body(status, error.code, error.message))
-                await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+                body = writer.error(errors.status_of(error), error.code, error.message)
+                await send({"type": "http.response.body", "body": body})
                 return "error"
         # Sent when nothing is left to do: a server may report the end of the response as a
         # disconnect.
@@ -126,8 +151,7 @@ class GenerationResponse(Response):
         else:
             headers.append((b"content-length", b"%d" % length))
         headers += [
-            (name.encode(), value.encode())
-            for name, value in self._prepared.composition.headers().items()
+            (name.encode(), value.encode()) for name, value in self._answer_headers().items()
         ]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 

@@ -11,9 +11,9 @@ import pytest
 import typer
 from fastapi import FastAPI
 
+from loraplex.platform.app import ROUTERS
 from loraplex.platform.cli import app as cli
 from loraplex.platform.errors import STATUS
-from loraplex.platform.routes import adapters, admin, aliases, health, openai, pulls, tenants, usage
 from loraplex.platform.settings import Settings
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -31,8 +31,8 @@ def test_error_codes(code: str, status: int) -> None:
 
 def routes() -> list[str]:
     app = FastAPI()
-    for module in (pulls, adapters, aliases, admin, tenants, usage, health, openai):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return sorted({path for path in app.openapi()["paths"]})
 
 

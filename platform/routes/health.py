@@ -1,5 +1,5 @@
-"""`/healthz`, `/readyz`, `/metrics`, `/version`: for probes, scrapers and the curious. Open without
-an API key.
+"""`/healthz`, `/readyz`, `/metrics`, `/version`: for probes, scrapers and the curious; `/health`,
+`/ping` and `/load` as vLLM and TGI have them.
 """
 
 from __future__ import annotations
@@ -40,6 +40,21 @@ async def readyz(state: State) -> JSONResponse:
         return JSONResponse({"status": "failed", "reason": state.told_failure}, 503)
     status = "loading" if state.model is None else "engine restarting"
     return JSONResponse({"status": status}, 503, headers={"retry-after": "1"})
+
+
+@router.get("/health", responses={503: {"description": "Not ready"}})
+@router.get("/ping", responses={503: {"description": "Not ready"}})
+async def health(state: State) -> Response:
+    """As /readyz, without a body: what load balancers in front of vLLM and TGI ask."""
+    return Response(status_code=200 if state.ready else 503)
+
+
+@router.get("/load")
+async def load(state: State) -> dict[str, int]:
+    """Requests that run or wait now, as vLLM counts them."""
+    state.served_model()
+    stats = await state.engine.stats()
+    return {"server_load": stats.num_running + stats.num_waiting}
 
 
 @router.get("/version")

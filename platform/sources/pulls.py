@@ -185,6 +185,18 @@ class PullService:
         row = await self.row(caller, name)
         return None if row is None else pull_view.pull_object(row)
 
+    async def ended(self, caller: Caller, name: str) -> PullObject:
+        """The pull of this name, once it has ended. Raises: ApiError(not_found)."""
+        job = self._job(caller, name)
+        if job is not None and job.task is not None:
+            await asyncio.wait({job.task})
+        found = await self.find(caller, name)
+        if found is not None:
+            return found
+        if job is None:
+            raise never_pulled(name)
+        return pull_view.pull_object(job.row, job.progress)  # cancelled: it left no record
+
     async def folder_stamps(self) -> dict[str, str]:
         """adapter -> the state of the watched folder that was pulled last, and went well."""
         async with self._db.read() as session:
