@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Loraplex needs Python 3.11 or newer; try `make PYTHON=python3.12 ...`")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Beside its old pins of certifi and huggingface_hub, which only matter to it: a client for tests.
+	$(BIN)/python -m pip install --quiet --no-deps lorax-client==0.6.3
 	@mkdir -p .ns/loraplex && for d in $(LAYERS); do ln -sfn ../../$$d .ns/loraplex/$$d; done
 	@touch $@
 

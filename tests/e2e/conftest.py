@@ -44,7 +44,9 @@ def skills(assets: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> Iterator[Any]:
-    with server_module.Server(assets / "model", tmp_path_factory.mktemp("demo") / "data") as server:
+    data_dir = tmp_path_factory.mktemp("demo") / "data"
+    sources = f"--source-dirs=demo={assets / 'adapters'}"
+    with server_module.Server(assets / "model", data_dir, sources) as server:
         yield server
 
 
