@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from loraplex.platform import access
+from loraplex.platform.dialects.error_bodies import SCHEMAS, Dialect
 
 ERROR_REF = {"$ref": "#/components/schemas/Error"}
 ERROR_SCHEMA: Mapping[str, Any] = {
@@ -55,6 +56,12 @@ _ON_ADAPTERS = (409, 422)  # whoever names one may find it busy or unusable
 _ON_STORAGE = (502, 507)
 _ON_GENERATION = (504,)
 
+_DIALECTS: Mapping[str, Dialect] = {
+    **dict.fromkeys(("/", "/generate", "/generate_stream", "/info"), Dialect.TGI),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), Dialect.VLLM),
+    **dict.fromkeys(("/load_lora_adapter", "/unload_lora_adapter"), Dialect.SGLANG),
+}
+
 
 def document(app: FastAPI) -> dict[str, Any]:
     """Made once, when it is first asked for."""
@@ -90,9 +97,14 @@ def _complete(operation: dict[str, Any], method: str, path: str) -> None:
             str(status),
             {
                 "description": _TEXTS[status],
-                "content": {"application/json": {"schema": ERROR_REF}},
+                "content": {"application/json": {"schema": _error_schema(path)}},
             },
         )
+
+
+def _error_schema(path: str) -> Mapping[str, Any]:
+    dialect = _DIALECTS.get(path)
+    return ERROR_REF if dialect is None else {"anyOf": [ERROR_REF, SCHEMAS[dialect]]}
 
 
 def _errors_of(operation: Mapping[str, Any], path: str) -> Sequence[int]:

@@ -6,6 +6,7 @@ finds before the endpoint runs, then has that dialect's body.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -31,6 +32,20 @@ def speaking(dialect: Dialect) -> type[APIRoute]:
             await super().handle(scope, receive, send)
 
     return DialectRoute
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_TEXT = {"type": "string"}
+# What errors look like in the published document, beside the native body, which stays that of
+# errors found before a route is: of keys and limits.
+SCHEMAS: Mapping[Dialect, Mapping[str, Any]] = {
+    Dialect.TGI: _object(error=_TEXT, error_type=_TEXT),
+    Dialect.VLLM: _object(error=_object(message=_TEXT, type=_TEXT, code={"type": "integer"})),
+    Dialect.SGLANG: _object(success={"type": "boolean"}, error_message=_TEXT),
+}
 
 
 def error_answer(

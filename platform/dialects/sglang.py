@@ -100,7 +100,7 @@ class GenerateBody(BaseModel):
                 "prompt": self.text if self.input_ids is None else self.input_ids,
                 "stream": self.stream,
                 "adapter_id": self._adapter(),
-                "max_tokens": 2**31 if p.max_new_tokens is None else p.max_new_tokens,
+                "max_tokens": p.max_new_tokens,
                 "min_tokens": p.min_new_tokens,
                 "temperature": p.temperature,
                 "top_p": p.top_p,

@@ -6,7 +6,7 @@ Unknown parameters are ignored, as there; what this server cannot do is refused 
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -124,7 +124,7 @@ def completion_body(body: GenerateBody) -> CompletionBody:
             "stream": body.stream,
             "adapter_id": p.adapter_id or None,
             "adapters": _members(p.merged_adapters),
-            "max_tokens": 2**31 if p.max_new_tokens is None else p.max_new_tokens,
+            "max_tokens": p.max_new_tokens,
             "temperature": (1.0 if p.temperature is None else p.temperature) if samples else 0.0,
             "top_k": p.top_k or 0,
             "top_p": 1.0 if p.top_p is None else p.top_p,
@@ -147,10 +147,16 @@ def completion_body(body: GenerateBody) -> CompletionBody:
     )
 
 
+class UnboundedBody(CompletionBody):
+    """Without `max_tokens` it goes on as far as the context reaches."""
+
+    default_max_tokens: ClassVar[int | None] = None
+
+
 def converted(fields: dict[str, Any]) -> CompletionBody:
     """Raises: ApiError(invalid_request) for what only our own form forbids."""
     try:
-        return CompletionBody.model_validate(fields)
+        return UnboundedBody.model_validate(fields)
     except ValidationError as error:
         problem = error.errors()[0]
         param = ".".join(str(part) for part in problem["loc"])

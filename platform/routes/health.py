@@ -42,8 +42,8 @@ async def readyz(state: State) -> JSONResponse:
     return JSONResponse({"status": status}, 503, headers={"retry-after": "1"})
 
 
-@router.get("/health", responses={503: {"description": "Not ready"}})
-@router.get("/ping", responses={503: {"description": "Not ready"}})
+@router.get("/health", response_class=Response, responses={503: {"description": "Not ready"}})
+@router.get("/ping", response_class=Response, responses={503: {"description": "Not ready"}})
 async def health(state: State) -> Response:
     """As /readyz, without a body: what load balancers in front of vLLM and TGI ask."""
     return Response(status_code=200 if state.ready else 503)
