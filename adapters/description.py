@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from loraplex.adapters.config import AdapterConfig, ModuleLora
+from loraplex.adapters.adapter_config import AdapterConfig, ModuleLora
 from loraplex.adapters.digest import adapter_digest, values_digest
 from loraplex.adapters.errors import Problem
 from loraplex.adapters.fused import split

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from loraplex.adapters.config import AdapterConfig, ModuleLora
+from loraplex.adapters.adapter_config import AdapterConfig, ModuleLora
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.manifest import CONFIG_FILE
-from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape, containers
+from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape, containers, names_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def resolve(config: AdapterConfig, modules: Sequence[ModuleShape]) -> Effects:
     tied = head is not None and head.tied
     problems: list[Problem] = []
     keeps = list(config.modules_to_save)
-    ties_saved = config.ensure_weight_tying and tied and any(map(_names_table, keeps))
+    ties_saved = config.ensure_weight_tying and tied and any(map(names_table, keeps))
     if ties_saved:
         keeps = [name for name in keeps if not _within([name])(HEAD)] + [EMBEDDING]
     saved = _saved(keeps, modules, problems) | ({EMBEDDING, HEAD} if ties_saved else set())
@@ -130,10 +130,6 @@ def _token_ids(
             _problem("token_unknown", message, expected=f"below {embedding.in_features}")
         )
     return ids
-
-
-def _names_table(name: str) -> bool:
-    return name.rpartition(".")[2] in (EMBEDDING.rpartition(".")[2], HEAD)
 
 
 def _within(names: Sequence[str]) -> Callable[[str], bool]:

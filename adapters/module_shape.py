@@ -7,6 +7,7 @@ from typing import Protocol
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+TABLE_NAMES = ("embed_tokens", "lm_head")  # EMBEDDING_LAYER_NAMES of PEFT
 
 
 class ModuleShape(Protocol):
@@ -28,6 +29,11 @@ class ModuleShape(Protocol):
     def tied(self) -> bool: ...  # of the head: its weight is the embedding's
     @property
     def weight_digest(self) -> str: ...  # of embedding and head: `ValuesDigest`; "" = unknown
+
+
+def names_table(name: str) -> bool:
+    """Whether a name in a config is that of the embedding or the head, by PEFT's measure."""
+    return name.rpartition(".")[2] in TABLE_NAMES
 
 
 def containers(modules: Sequence[ModuleShape]) -> list[str]:

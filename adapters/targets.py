@@ -16,7 +16,7 @@ from typing import Any
 
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.manifest import CONFIG_FILE
-from loraplex.adapters.module_shape import EMBEDDING, HEAD, ModuleShape, containers
+from loraplex.adapters.module_shape import TABLE_NAMES, ModuleShape, containers, names_table
 from loraplex.adapters.patterns import Pattern
 
 ALL_LINEAR = "all-linear"
@@ -45,10 +45,9 @@ class Targets:
     @property
     def names_tables(self) -> bool:
         """Whether they name the embedding or the head, by PEFT's measure for tied weights."""
-        names = (EMBEDDING.rpartition(".")[2], HEAD)
         if isinstance(self.modules, str):
-            return any(map(_selector(self.modules), names))
-        return any(target.rpartition(".")[2] in names for target in self.modules)
+            return any(map(_selector(self.modules), TABLE_NAMES))
+        return any(map(names_table, self.modules))
 
     def select(
         self, modules: Sequence[ModuleShape], saved: Callable[[str], bool] = lambda path: False

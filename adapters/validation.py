@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraplex.adapters.config import AdapterConfig
+from loraplex.adapters.adapter_config import AdapterConfig
 from loraplex.adapters.effects import Effects, resolve
 from loraplex.adapters.errors import AdapterRefused, Problem
 from loraplex.adapters.fused import as_adapter_sees

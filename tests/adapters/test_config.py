@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loraplex.adapters.config import AdapterConfig, read_config
+from loraplex.adapters.config import parse_config, read_config
 from loraplex.adapters.config_keys import HARMLESS, REFUSED, USED
 from loraplex.adapters.errors import AdapterRefused
 from loraplex.adapters.limits import Limits
@@ -40,14 +40,14 @@ def test_pefts_defaults_are_accepted() -> None:
 
 
 def test_values() -> None:
-    config = AdapterConfig.parse({**BASE, "use_rslora": True, "base_model_name_or_path": "org/m"})
+    config = parse_config({**BASE, "use_rslora": True, "base_model_name_or_path": "org/m"})
     assert (config.r, config.lora_alpha, config.base_model) == (8, 16.0, "org/m")
     assert config.scaling == 16 / math.sqrt(8)
-    assert AdapterConfig.parse(BASE).scaling == 2.0
+    assert parse_config(BASE).scaling == 2.0
 
 
 def test_peft_s_defaults_where_the_file_is_silent() -> None:
-    config = AdapterConfig.parse({"peft_type": "LORA", "target_modules": "all-linear"})
+    config = parse_config({"peft_type": "LORA", "target_modules": "all-linear"})
     assert (config.r, config.lora_alpha, config.use_rslora) == (8, 8.0, False)
 
 
@@ -166,7 +166,7 @@ def test_broken_values(kind: str) -> None:
     assert [p.code for p in problems] == [code]
     assert len(problems[0].message) < 300
     with pytest.raises(AdapterRefused):
-        AdapterConfig.parse({**BASE, **change})
+        parse_config({**BASE, **change})
 
 
 @pytest.mark.parametrize(
@@ -235,31 +235,31 @@ TARGETS: dict[str, tuple[dict[str, Any], str]] = {
 def test_targets_that_mean_nothing_here(kind: str, modules: list[ModuleShape]) -> None:
     change, code = TARGETS[kind]
     with pytest.raises(AdapterRefused) as refused:
-        AdapterConfig.parse({**BASE, **change}).resolve(modules)
+        parse_config({**BASE, **change}).resolve(modules)
     assert [p.code for p in refused.value.problems] == [code]
 
 
 def test_an_excluded_norm_is_no_problem(modules: list[ModuleShape]) -> None:
     raw = {**BASE, "target_modules": r".*(q_proj|norm)", "exclude_modules": r".*norm"}
-    assert len(AdapterConfig.parse(raw).resolve(modules)) == 3
+    assert len(parse_config(raw).resolve(modules)) == 3
 
 
 def test_invocation_tokens() -> None:
     raw = {**BASE, "alora_invocation_tokens": [7, 8, 7]}
-    assert AdapterConfig.parse(raw).invocation_tokens == (7, 8, 7)
+    assert parse_config(raw).invocation_tokens == (7, 8, 7)
     for off in (None, []):  # peft takes either for plain LoRA
-        assert AdapterConfig.parse({**BASE, "alora_invocation_tokens": off}).canonical() == (
-            AdapterConfig.parse(BASE).canonical()
+        assert parse_config({**BASE, "alora_invocation_tokens": off}).canonical() == (
+            parse_config(BASE).canonical()
         )
     for order in ([7, 7, 8], [7, 8]):
         other = {**BASE, "alora_invocation_tokens": order}
-        assert AdapterConfig.parse(other).canonical() != AdapterConfig.parse(raw).canonical()
+        assert parse_config(other).canonical() != parse_config(raw).canonical()
 
 
 def test_canonical_form_ignores_what_does_not_matter() -> None:
     one = {**BASE, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16.0, "lora_dropout": 0.1}
     two = {**BASE, "target_modules": ["v_proj", "q_proj", "q_proj"], "inference_mode": True}
-    assert AdapterConfig.parse(one).canonical() == AdapterConfig.parse(two).canonical()
+    assert parse_config(one).canonical() == parse_config(two).canonical()
 
 
 @pytest.mark.parametrize(
@@ -283,5 +283,20 @@ def test_canonical_form_ignores_what_does_not_matter() -> None:
     ],
 )
 def test_canonical_form_holds_what_matters(change: dict[str, Any]) -> None:
-    changed = AdapterConfig.parse({**BASE, **change}).canonical()
-    assert changed != AdapterConfig.parse(BASE).canonical()
+    changed = parse_config({**BASE, **change}).canonical()
+    assert changed != parse_config(BASE).canonical()
+
+
+@pytest.mark.parametrize(
+    ("named", "matters"),
+    [
+        ({}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ".*embed_tokens"}, True),
+        ({"modules_to_save": ["model.embed_tokens"]}, True),
+    ],
+)
+def test_tied_tables_matter_where_tables_are_named(named: dict[str, Any], matters: bool) -> None:
+    raw = {**BASE, **named}
+    tied = parse_config({**raw, "ensure_weight_tying": True}).canonical()
+    assert (tied != parse_config(raw).canonical()) is matters
