@@ -156,20 +156,21 @@ def share_memory(
         return plan
     num_blocks = division.kv_superblocks * division.blocks_per_superblock
     num_tokens = division.max_kv_superblocks * division.blocks_per_superblock * config.block_size
-    most_bytes = division.max_adapter_superblocks * division.superblock_bytes
-    adapter_bytes = division.adapter_superblocks * division.superblock_bytes
-    pages = adapter_bytes // plan.adapter_page_bytes
+    pages, most_pages = (
+        superblocks * division.frames_per_superblock // model.num_layers
+        for superblocks in (division.adapter_superblocks, division.max_adapter_superblocks)
+    )
     return replace(
         plan,
         num_kv_blocks=num_blocks,
-        adapter_bytes=adapter_bytes,
+        adapter_bytes=division.adapter_superblocks * division.superblock_bytes,
         division=division,
         reasons={
             **plan.reasons,
             "kv cache": f"{num_blocks * config.block_size:,} tokens at first, up to "
             f"{num_tokens:,} while adapters leave them room",
             "adapters on the device": f"{pages:,} of rank 16 at first, up to "
-            f"{most_bytes // plan.adapter_page_bytes:,} while sequences are short",
+            f"{most_pages:,} while sequences are short",
         },
     )
 

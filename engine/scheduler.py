@@ -76,7 +76,6 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_waiting = max_num_waiting
-        self._keep_available = max(1, int(blocks.num_blocks * _KEEP_AVAILABLE))
         self._released_seq_ids: list[int] = []
         self._stopped_by = WaitingReason.QUOTA  # why the last schedule admitted no more
 
@@ -210,9 +209,8 @@ class Scheduler:
                 is_ready = ready[seq.digests] = self._slots.is_ready(seq.digests)
             if not is_ready:
                 continue
-            if not self._blocks.allocate(
-                seq, keep_available=self._keep_available if self.running else 0
-            ):
+            keep = max(1, int(self._blocks.num_blocks * _KEEP_AVAILABLE)) if self.running else 0
+            if not self._blocks.allocate(seq, keep_available=keep):
                 self._stopped_by = WaitingReason.KV
                 break
             admitted.append(seq)

@@ -131,11 +131,12 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="Share of the GPU's memory that may be used."
     )
     kv_cache_memory: PositiveSize | None = Field(
-        None, description="Memory for the KV cache, such as 2GiB; default: chosen automatically."
+        None,
+        description="Memory for the KV cache, such as 2GiB; default: shared with the adapters.",
     )
     adapter_memory: PositiveSize | None = Field(
         None,
-        description="Device memory for adapters, such as 512MB; default: chosen automatically.",
+        description="Device memory for adapters, such as 512MB; default: shared with the KV cache.",
     )
     host_adapter_memory: Size | None = Field(
         None,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from loraplex.adapters.errors import AdapterError
-from loraplex.adapters.pool import PAGE_RANKS, PagePool, frame_elements
+from loraplex.adapters.pool import PAGE_RANKS, PagePool, SharedArena, frame_elements
 from loraplex.adapters.weights import LoadedAdapter, LoadedModule
 
 SHAPES = ((12, 8), (12, 6), (12, 6), (8, 12), (12, 20), (12, 20), (20, 12))
@@ -135,6 +135,23 @@ def test_a_pool_too_small_for_one_frame_is_refused() -> None:
         make_pool(num_frames=0)
 
 
+def test_a_copy_under_way_keeps_its_superblock() -> None:
+    """Frames may be given back while their last bytes still come; their memory may not be."""
+
+    class Slow:
+        is_complete = False
+
+    pool = make_pool()
+    pool._transport.expect = lambda num_layers: slow  # type: ignore[method-assign,assignment,return-value]
+    slow = Slow()
+    pool.reserve("a", pool.layout(everywhere(16)))
+    pool.remove("a")
+    assert not pool.frames.holders(0)
+    assert not pool.is_quiet(0)
+    slow.is_complete = True
+    assert pool.is_quiet(0)
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Adapters of random shapes come and go in any order, some in the middle of their load."""
 
@@ -191,5 +208,39 @@ class PoolMachine(RuleBasedStateMachine):
             assert_readable(self.pool, loaded)
 
 
+class SharedPoolMachine(PoolMachine):
+    """Superblocks of five frames come and go, with a rest at their end; some hold what the KV cache
+    left there.
+    """
+
+    FRAMES, SUPERBLOCKS = 5, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        unit = self.FRAMES * FRAME_BYTES + 512
+        memory = torch.full((self.SUPERBLOCKS * unit,), 255, dtype=torch.uint8)
+        arena = SharedArena(memory, unit, num_owned=2)
+        cpu = torch.device("cpu")
+        self.pool = PagePool(NUM_LAYERS, SHAPES, 0, torch.float32, cpu, arena)
+
+    @rule(superblock=st.integers(0, SUPERBLOCKS - 1))
+    def trade(self, superblock: int) -> None:
+        frames = self.pool.frames
+        if superblock not in frames.owned:
+            frames.add(superblock)
+        elif not frames.holders(superblock) and len(frames.owned) > 1:
+            frames.remove(superblock)
+            self.pool.superblock(superblock).view(torch.uint8).fill_(255)
+
+    @invariant()
+    def sizes_follow(self) -> None:
+        assert self.pool.bytes_total == len(self.pool.frames.owned) * self.FRAMES * FRAME_BYTES
+        assert self.pool.bytes_total <= self.pool.bytes_max
+
+
+SharedPoolMachine.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=16, deadline=None
+)
+test_shared_pool_machine = SharedPoolMachine.TestCase
 PoolMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
 test_pool_machine = PoolMachine.TestCase

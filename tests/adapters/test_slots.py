@@ -96,7 +96,9 @@ class FakeLoader:
 
 
 class Bench:
-    def __init__(self, device_bytes: int = 30, host_bytes: int = 60) -> None:
+    def __init__(
+        self, device_bytes: int = 30, host_bytes: int = 60, device_bytes_max: int | None = None
+    ) -> None:
         self.now = 100.0
         self.loader = FakeLoader(device_bytes)
         self.transitions: list[Transition] = []
@@ -104,6 +106,7 @@ class Bench:
             self.loader,
             device_bytes_total=device_bytes,
             host_bytes_total=host_bytes,
+            device_bytes_max=device_bytes_max,
             on_transition=self.transitions.append,
             patience_s=1.0,
             clock=lambda: self.now,
@@ -458,6 +461,92 @@ def test_orders_that_cannot_be() -> None:
         bench.slots.check(["e"])
 
 
+class FakeLender:
+    """Has so many bytes to give, at once or when told to; and asks for some back."""
+
+    def __init__(self, bench: Bench, num_bytes: int) -> None:
+        self.bench = bench
+        self.left = num_bytes
+        self.bytes_coming = 0
+        self.is_slow = False
+        self.insisted = 0
+        self.asked: list[tuple[int, float | None]] = []
+
+    def lend(self, num_bytes: int, unused_since: float | None = None) -> None:
+        self.asked.append((num_bytes, unused_since))
+        given = min(self.left, -(-num_bytes // 10) * 10)
+        self.left -= given
+        self.bytes_coming += given
+        if not self.is_slow:
+            self.arrive()
+
+    def arrive(self) -> None:
+        self.bench.loader.device_bytes += self.bytes_coming
+        total = self.bench.slots.device_bytes_total + self.bytes_coming
+        self.bytes_coming = 0
+        self.bench.slots.resize_device(total)
+
+    def take_back(self) -> None:
+        slots = self.bench.slots
+        if slots.device_bytes_total - slots.device_bytes_used >= 10:
+            self.bench.loader.device_bytes -= 10
+            slots.resize_device(slots.device_bytes_total - 10)
+            self.left += 10
+
+    def insist(self, num_bytes: int) -> None:
+        self.insisted = num_bytes
+
+    def enough(self) -> None:
+        self.insisted = 0
+
+
+def lent(num_bytes: int, device_bytes: int = 20) -> tuple[Bench, FakeLender]:
+    bench = Bench(device_bytes, device_bytes_max=device_bytes + num_bytes)
+    lender = bench.slots.lender = FakeLender(bench, num_bytes)
+    return bench, lender
+
+
+def test_what_is_lent_spares_an_eviction() -> None:
+    bench, lender = lent(10)
+    bench.bring("a", "b", "c")
+    assert bench.states() == {"a": "device", "b": "device", "c": "device"}
+    assert lender.asked == [(10, None)], "first what holds nothing"
+    bench.bring("d")
+    assert bench.slots.num_evictions == 2
+    assert [since for _, since in lender.asked[1:]] == [None, 100.0, 100.0], "as old as each victim"
+
+
+def test_nothing_is_evicted_while_lent_memory_is_on_its_way() -> None:
+    bench, lender = lent(10)
+    lender.is_slow = True
+    bench.bring("a", "b")
+    bench.slots.want((0, 1), ["c"])
+    bench.settle()
+    assert (lender.bytes_coming, bench.slots.num_evictions) == (10, 0)
+    assert bench.slots.waits_for_room(["c"])
+    lender.arrive()
+    bench.settle()
+    assert bench.slots.is_ready(["c"])
+    assert bench.slots.num_evictions == 0
+
+
+def test_one_too_large_for_now_insists_and_one_too_large_for_ever_is_refused() -> None:
+    bench, lender = lent(20, device_bytes=10)
+    lender.left = 0
+    bench.slots.check(["e"])
+    bench.slots.want((0, 1), ["e"])
+    bench.settle()
+    assert lender.insisted == 0
+    bench.now += 1.5
+    bench.settle()
+    assert lender.insisted == 20
+    bench.slots.unwant((0, 1))
+    bench.settle()
+    assert lender.insisted == 0, "nobody wants it any more"
+    with pytest.raises(AdapterError, match="more than the 30 bytes"):
+        bench.slots.check(["d", "e"])
+
+
 class SlotsMachine(RuleBasedStateMachine):
     """Sequences come, wait, run and go; loads end or fail; operators pin and evict."""
 
@@ -573,6 +662,41 @@ class SlotsMachine(RuleBasedStateMachine):
         assert not self.waiting
         assert not self.running
         assert all(r.state is not AdapterState.DRAINING for r in bench.slots.residents())
+
+
+class LentSlotsMachine(SlotsMachine):
+    """Memory comes from a lender, late or at once, and goes back to it."""
+
+    @initialize(given=st.sampled_from([10, 20]), host_bytes=st.sampled_from([0, 90]))
+    def build(self, given: int, host_bytes: int) -> None:  # type: ignore[override]
+        super().build(30, host_bytes)
+        self.bench = Bench(30, host_bytes, 30 + given)
+        self.lender = self.bench.slots.lender = FakeLender(self.bench, given)
+
+    @rule(is_slow=st.booleans())
+    def lender_changes(self, is_slow: bool) -> None:
+        self.lender.is_slow = is_slow
+
+    @rule()
+    def memory_arrives(self) -> None:
+        self.lender.arrive()
+        self.advance()
+
+    @rule()
+    def memory_goes(self) -> None:
+        self.lender.take_back()
+
+    def teardown(self) -> None:
+        if hasattr(self, "bench"):
+            self.lender.is_slow = False
+            self.lender.arrive()
+        super().teardown()
+
+
+def test_any_order_of_events_with_a_lender() -> None:
+    run_state_machine_as_test(
+        LentSlotsMachine, settings=settings(max_examples=60, stateful_step_count=50, deadline=None)
+    )
 
 
 def test_any_order_of_events() -> None:
