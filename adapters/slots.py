@@ -242,6 +242,11 @@ class AdapterSlots:
         self._books.device_bytes_total = num_bytes
         self._books.changed = True
 
+    def limit_device(self, num_bytes: int) -> None:
+        """It will never be more than this; what needs more is refused from now on."""
+        self._books.device_bytes_max = num_bytes
+        self._books.changed = True
+
     def look_again(self) -> None:
         """There may be room now for what lacked it."""
         self._books.changed = True

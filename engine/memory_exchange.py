@@ -132,6 +132,8 @@ class MemoryExchange:
         if holders:
             self._slots.make_way(holders)
             self._kv_holds_until = self._clock() + HOLD_S
+        if not self._pool.is_quiet(superblock):
+            return False  # the last bytes of an adapter that has just left still come
         left = self._slots.device_bytes_total - self._superblock_bytes
         if self._slots.device_bytes_used > left:
             return False  # adapters count for more bytes than their frames
@@ -160,15 +162,19 @@ class MemoryExchange:
         unused = self._blocks.unused
         if self._clock() < self._kv_holds_until:
             unused_since = None
-        for superblock in sorted(unused.owned - unused.closed, reverse=True):
+        candidates = []
+        for superblock in unused.owned - unused.closed:
+            if unused.is_empty(superblock):
+                candidates.append((float("-inf"), -superblock))
+            elif unused_since is not None and not unused.used[superblock]:
+                candidates.append((unused.kept_at[superblock], -superblock))
+        for kept_at, minus_superblock in sorted(candidates):
             if num_bytes <= 0 or not self._kv_may_give():
                 return
-            is_empty = unused.is_empty(superblock)
-            if unused.used[superblock] or not (
-                is_empty or (unused_since is not None and unused.kept_at[superblock] < unused_since)
-            ):
-                continue
-            if not is_empty:
+            superblock = -minus_superblock
+            if not unused.is_empty(superblock):
+                if unused_since is None or kept_at >= unused_since:
+                    return
                 self._adapters_hold_until = self._clock() + HOLD_S
             self._blocks.close(superblock)
             self._give_to_adapters(superblock)
@@ -256,6 +262,7 @@ class MemoryExchange:
             move()
         except Exception:
             self.num_lost += 1
+            self._slots.limit_device(self._slots.device_bytes_total + self.bytes_coming)
             logger.exception("memory could not be moved: the division stays as it is now")
             return False
         return True

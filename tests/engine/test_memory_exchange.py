@@ -12,6 +12,7 @@ from engine_fakes import BLOCK, Bench
 
 from loraplex.adapters.errors import AdapterError
 from loraplex.engine.api import MemoryInfo
+from loraplex.engine.errors import AdapterUnavailable
 from loraplex.engine.memory_exchange import HOLD_S, MemoryExchange
 from loraplex.engine.superblocks import Division
 
@@ -153,6 +154,20 @@ def test_of_what_is_kept_the_longest_unused_goes() -> None:
         assert (bench.trades[1] > 0) == is_cache_older
 
 
+def test_of_cached_prefixes_the_longest_unused_go() -> None:
+    bench = Shared(5, 1, 2)
+    prompts = [[number] * 8 for number in (3, 4, 5)]  # a superblock each
+    for prompt in (*prompts, prompts[2], prompts[0]):  # the middle one is used no more
+        bench.now += 1
+        bench.add(prompt, max_tokens=1)
+        bench.run()
+    bench.now += 1
+    bench.exchange.lend(60, bench.now)
+    bench.exchange.enough()
+    assert bench.blocks.unused.owned == {0, 2}, "the empty ones went, and the oldest"
+    bench.check_over()
+
+
 def lends_while_a_step_runs(*, waits: bool) -> Shared:
     """A request is cancelled while its step is in flight, and an adapter wants its memory."""
     bench = Shared(5, 1, 2, max_in_flight=1)
@@ -255,6 +270,8 @@ def test_memory_that_cannot_be_moved_ends_the_trade_and_nothing_else(
     bench.mover.fails = True
     bench.use("a", "b", "c")
     assert bench.trades == (0, 0)
+    with pytest.raises(AdapterUnavailable, match="more than the 20 bytes"):
+        bench.add(PROMPT, {"d": 1.0})  # would have waited for what never comes
     assert "driver is on fire" in caplog.text
     bench.mover.fails = False
     bench.add([1] * 12, max_tokens=4)
