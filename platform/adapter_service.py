@@ -52,6 +52,7 @@ from loraplex.platform.schemas import (
 )
 from loraplex.platform.served_model import ServedModel
 from loraplex.platform.shipped_defaults import Shipped, shipped_defaults
+from loraplex.platform.template_rules import may_bring_template
 from loraplex.platform.tenant_repositories import check_storage, require_tenant
 
 ARCHIVE_FILE = "archive"
@@ -198,7 +199,7 @@ class AdapterService:
         source: where it was pulled from, for the audit log.
         """
         async with self._files_lock:
-            trusted = self._tenant_templates or caller.is_operator
+            trusted = may_bring_template(caller, self._tenant_templates)
             shipped = await shipped_defaults(staging.path, model, with_template=trusted)
             await asyncio.to_thread(self._store.commit, staging, manifest)
             content = _Content(manifest, shipped)

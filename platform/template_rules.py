@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from loraplex.platform.callers import Caller
+from loraplex.platform.callers import ANONYMOUS, Caller
 from loraplex.platform.errors import ApiError
 
 T = TypeVar("T")
@@ -23,9 +23,16 @@ MAX_SECONDS = 5.0
 WAY_OUT = "--tenant-templates on the server allows them"
 
 
+def may_bring_template(caller: Caller, allowed: bool) -> bool:
+    """allowed: the setting `tenant_templates`. Anonymous are those of a server without keys, also
+    where it does for them what they ordered.
+    """
+    return allowed or caller.is_operator or caller.actor == ANONYMOUS
+
+
 def check_may_bring_template(caller: Caller, allowed: bool, *, param: str) -> None:
-    """allowed: the setting `tenant_templates`. Raises: ApiError(permission_denied)."""
-    if not (allowed or caller.is_operator):
+    """Raises: ApiError(permission_denied)."""
+    if not may_bring_template(caller, allowed):
         raise ApiError(
             "permission_denied",
             f"chat templates of tenants are not run here; {WAY_OUT}",
