@@ -5,6 +5,7 @@ Reads the manifest and the weights file; PEFT's configuration is resolved in the
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ def load_weights(
     """
     try:
         manifest = AdapterManifest.from_json((folder / MANIFEST_FILE).read_bytes())
+        _check_bytes(folder / WEIGHTS_FILE, manifest)
         with WeightsFile(folder / WEIGHTS_FILE, dtype) as file:
             modules = {}
             for m in manifest.modules:
@@ -93,6 +95,19 @@ def load_weights(
         extras,
         invocation_tokens=manifest.invocation_tokens,
     )
+
+
+def _check_bytes(path: Path, manifest: AdapterManifest) -> None:
+    """Wrong bits make valid floats, so only the hash tells. It is taken once per adapter and model:
+    later loads read the page file, which has checksums of its own.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != manifest.files[WEIGHTS_FILE].sha256:
+        raise AdapterCorrupt(
+            f"{WEIGHTS_FILE} of adapter {manifest.digest[:12]} has changed since it was stored; "
+            "upload the same content again to mend it"
+        )
 
 
 def _find(path: str, locate: Locate, manifest: AdapterManifest) -> Key:

@@ -112,7 +112,7 @@ def _offsets(draw: random.Random, header: dict[str, Json], name: str) -> None:
 
 
 def _shape(draw: random.Random, header: dict[str, Json], name: str) -> None:
-    rows, columns = header[name]["shape"]
+    rows, columns = header[name]["shape"][0], header[name]["shape"][-1]  # a vector has one axis
     header[name]["shape"] = draw.choice(
         [[columns, rows], [rows * columns], [rows, columns, 1], [1, rows, columns], [0, columns],
          [-rows, -columns], [2**40, 2**40], [rows + 1, columns], [], None, [rows, "64"], [1e300, 1]]
