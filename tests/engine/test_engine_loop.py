@@ -260,6 +260,23 @@ def test_a_missing_adapter_is_passed_over_and_blocks_nobody() -> None:
     bench.check_over()
 
 
+def test_a_load_begins_when_its_request_is_queued_not_when_it_could_run() -> None:
+    bench = Bench(at_once=False, max_num_seqs=1)
+    running = bench.add([1], max_tokens=9)
+    bench.step()
+    bench.add([2], {"a": 1.0})
+    bench.step()
+    assert bench.engine.adapters()[0].state is api.AdapterState.HOST_LOADING
+    bench.loader.finish(0)
+    bench.step()
+    bench.loader.finish(0)
+    bench.step()
+    assert bench.engine.adapters()[0].state is api.AdapterState.DEVICE
+    assert running not in bench.ends, "it was loaded while another request had the only place"
+    bench.run()
+    bench.check_over()
+
+
 def test_a_failed_load_ends_its_requests_and_is_tried_again_after_a_while() -> None:
     bench = Bench(at_once=False)
     name, other = bench.add([1], {"a": 1.0}), bench.add([1], {"a": 1.0, "b": 1.0})
