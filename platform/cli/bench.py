@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraplex.platform.cli import output
+from loraplex.platform.cli.bench_cold import cold
 from loraplex.platform.cli.bench_overhead import overhead
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.server_api import ApiKey, AsJson, ServerApi
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Measure a server, and what it is compared with.",
 )
 
+app.command()(cold)
 app.command()(overhead)
 
 PromptLen = Annotated[str, typer.Option(help="Tokens per prompt; LOW:HIGH draws from [LOW, HIGH).")]
@@ -254,14 +256,14 @@ def table(
             results = compare.evaluate(name, measured)
             reached &= all(r.reached for r in results)
             if not as_json:
-                output.stdout().print(_ratio_table(name, results))
+                output.stdout().print(ratio_table(name, results))
             for case, rows in measured.items():
                 print(json_line("table", model=name, case=case, **compare.medians(rows)))
     if not reached:
         raise CliError("not every target was reached; see the table")
 
 
-def _ratio_table(model: str, results: list[Any]) -> Table:
+def ratio_table(model: str, results: list[Any]) -> Table:
     rows = output.table("what", ">ours", ">against", ">ratio", ">target", "", title=f"\n{model}")
     for r in results:
         mark = "[green]reached[/]" if r.reached else "[bold red]missed[/]"
