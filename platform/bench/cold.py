@@ -32,7 +32,7 @@ from loraplex.platform.bench import models, workload
 from loraplex.platform.bench.compare import Ratio, RatioResult, Result, page_bytes
 from loraplex.platform.bench.loadgen import LoadGenerator, drive
 from loraplex.platform.bench.measure import summarize
-from loraplex.platform.bench.peer import ServerPeer
+from loraplex.platform.bench.peer import PeerError, ServerPeer
 from loraplex.platform.bench.upload import upload_folder
 
 PROMPT_LEN, OUTPUT_LEN = 128, 32
@@ -133,6 +133,7 @@ class ColdBench:
         how = {
             "adapters": case.adapters, "room": case.room, "host_room": case.host_room,
             "alpha": case.alpha, "rate": round(rate, 3), "utilisation": UTILISATION,
+            "loads": {side: sum(r["loads"] for r in rows) for side, rows in measured.items()},
             "num_requests": self.num_requests, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN,
         }  # fmt: skip
         return measured, how
@@ -194,7 +195,9 @@ def _server(model: Path, data: Path, device_bytes: int, host_bytes: int) -> Serv
 def _load(url: str, names: Sequence[str]) -> None:
     with httpx.Client(base_url=url, timeout=60) as http:
         for name in names:
-            http.post(f"/v1/admin/adapters/{name}/load", json={"wait": True}).raise_for_status()
+            answer = http.post(f"/v1/admin/adapters/{name}/load", json={"wait": True})
+            if answer.is_error:
+                raise PeerError(f"{name} could not be loaded: {answer.text[:300]}")
 
 
 def _copy(source: Path, target: Path) -> None:
