@@ -22,6 +22,19 @@ MANIFEST_FILE = "manifest.json"
 
 FORMAT = 1
 PAGE_RANKS = 16  # ranks of one device page (ARCHITECTURE 4)
+# Features that are not linear in the adapter's weight: they norm weights or stand for parts of the
+# base model.
+WHOLE_FEATURES = frozenset(
+    {
+        "dora",
+        "bias",
+        "full_linear",
+        "full_norm",
+        "full_embed_tokens",
+        "full_lm_head",
+        "token_rows",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +81,7 @@ class AdapterManifest:
         """Whether it is not linear in its weight, so that it can neither be scaled nor be composed:
         it norms weights (DoRA) or stands for parts of the base model.
         """
-        replaces = bool(self.replacements) or self.token_rows is not None
-        return replaces or any(m.magnitude is not None for m in self.modules)
+        return not WHOLE_FEATURES.isdisjoint(self.features)
 
     @property
     def features(self) -> tuple[str, ...]:

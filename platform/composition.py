@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loraplex.adapters.manifest import WHOLE_FEATURES
 from loraplex.engine.activation import activation_start
 from loraplex.engine.api import AdapterUse
 from loraplex.platform.adapter_defaults import NO_DEFAULTS, AdapterDefaults
@@ -76,6 +77,24 @@ class Composition:
         return headers
 
 
+def check_whole(members: Sequence[tuple[ResolvedAdapter, float]]) -> None:
+    """Raises: ApiError(invalid_request) when one that is not linear in its weight is scaled or
+    combined. The engine refuses it as well; here it still has its name.
+    """
+    used = [(adapter, weight) for adapter, weight in members if weight != 0]
+    for adapter, weight in used:
+        whole = sorted(WHOLE_FEATURES.intersection(adapter.features))
+        if whole and (len(used) > 1 or weight != 1):
+            how = "is combined with others" if len(used) > 1 else f"has weight {weight:g}"
+            raise ApiError(
+                "invalid_request",
+                f"adapter {adapter.reference} {how}, but it uses {', '.join(whole)}, which scales "
+                "or replaces weights of the base model and works only whole; send it alone with "
+                "weight 1",
+                param="adapters",
+            )
+
+
 class Composer:
     def __init__(self, resolver: Resolver) -> None:
         self._resolver = resolver
@@ -121,6 +140,7 @@ class Composer:
                 "the composition names one adapter twice; add up its weights",
                 param="adapters",
             )
+        check_whole(resolved)
         return body.model or model.name, Composition(tuple(resolved))
 
     async def _by_model(self, caller: Caller, text: str, key: str) -> ResolvedAdapter:

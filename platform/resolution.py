@@ -33,6 +33,7 @@ class ResolvedAdapter:
     version_id: int
     digest: str
     rank: int
+    features: tuple[str, ...] = ()
     invocation_tokens: tuple[int, ...] = ()
     refusal: Refusal | None = None
     defaults: AdapterDefaults = NO_DEFAULTS
@@ -152,6 +153,7 @@ def _resolved(row: AdapterVersion, caller: Caller) -> ResolvedAdapter:
         version_id=row.id,
         digest=row.digest,
         rank=row.manifest["rank"],
+        features=tuple(row.manifest.get("features") or ()),
         invocation_tokens=tuple(row.manifest.get("invocation_tokens") or ()),
         refusal=refusal(row),
         defaults=AdapterDefaults.stored(row.adapter.defaults, row.shipped_defaults),
