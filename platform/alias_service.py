@@ -67,9 +67,9 @@ class AliasService:
     async def history(
         self, caller: Caller, name: str, alias: str, *, before: int, limit: int
     ) -> AliasHistory:
-        """Newest first, also of an alias that was deleted."""
+        """Newest first, also of an alias that was deleted; for its tenant, as it names keys."""
         async with self._db.read() as session:
-            adapter = await require_adapter(AdapterRepository(session, caller), name)
+            adapter = await require_own(AdapterRepository(session, caller), name)
             row = _find(adapter, alias, deleted_too=True)
             found = await AliasRepository(session).history(row, before=before, limit=limit + 1)
         return AliasHistory(

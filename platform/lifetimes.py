@@ -47,7 +47,8 @@ class Lifetimes:
         self._stopping = True
         now = asyncio.get_running_loop().time()
         for timeout in self._running:
-            timeout.reschedule(now)
+            if not timeout.expired():  # else it is on its way out already
+                timeout.reschedule(now)
 
     @asynccontextmanager
     async def limited(self) -> AsyncIterator[None]:

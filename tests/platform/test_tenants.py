@@ -99,6 +99,7 @@ async def test_shared_and_public_adapters_are_used_but_not_taken(
             ("POST", "/v1/adapters/sql/verify"),
             ("POST", "/v1/admin/adapters/sql/load"),
             ("DELETE", "/v1/adapters/sql/aliases/prod"),
+            ("GET", "/v1/adapters/sql/aliases/prod/history"),
         ):
             answer = await server.http.request(method, path, headers=other)
             assert answer.status_code == 403, path
