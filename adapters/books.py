@@ -23,7 +23,7 @@ from loraplex.adapters.residency import (
     Transition,
 )
 
-Rank = tuple[int, int]  # (priority, arrival)
+Rank = int  # the order of a request: lower goes first, unique
 OnTransition = Callable[[Transition], None]
 
 ON_DEVICE = (AdapterState.DEVICE_LOADING, AdapterState.DEVICE, AdapterState.DRAINING)

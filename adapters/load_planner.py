@@ -189,9 +189,8 @@ class LoadPlanner:
         def key(r: Resident) -> tuple[object, ...]:
             worth = self._books.worth(r, tier)
             if not r.wants:
-                return (False, (0, 0), worth, r.tick)
-            priority, arrival = r.wants[0]
-            return (True, (-priority, -arrival), worth, r.tick)
+                return (False, 0, worth, r.tick)
+            return (True, -r.wants[0], worth, r.tick)
 
         return key
 

@@ -188,6 +188,11 @@ class AdapterSlots:
             for digest in digests
         )
 
+    def pages_to_load(self, digests: Iterable[str]) -> int:
+        """Pages of these that are not on the device."""
+        residents = [self._residents.get(digest) for digest in digests]
+        return sum(r.size.pages for r in residents if r is not None and r.state not in ON_DEVICE)
+
     # --- use ------------------------------------------------------------------------------------
 
     def want(self, rank: Rank, digests: Iterable[str]) -> None:

@@ -94,7 +94,9 @@ class GenerationRequest(Struct, frozen=True, omit_defaults=True, kw_only=True):
     sampling: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""  # requests share prefix-cache blocks only with equal salts
-    priority: int = 0  # lower runs first
+    priority: int = 0  # lower runs first: each step of it is a head start (`fair_order.py`)
+    tenant: str = ""  # whose it is: tenants share the engine fairly
+    share: float = 1.0  # the tenant's, relative to others
     pooling: Pooling | None = None
     # What came of it in an engine that died: the output goes on behind these. Counts, penalties,
     # seeds and limits are as if this engine had chosen them.

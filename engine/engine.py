@@ -33,6 +33,7 @@ from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.constraints import Constraints
 from loraplex.engine.errors import AdapterUnavailable, EngineError, InvalidRequest
+from loraplex.engine.fair_order import FairOrder, Place
 from loraplex.engine.in_flight import InFlight, StepInFlight
 from loraplex.engine.memory_exchange import MemoryExchange
 from loraplex.engine.orders import Orders, engine_error, error_info, residency_info
@@ -72,6 +73,7 @@ class Engine:
         exchange: MemoryExchange | None = None,
         prober: Prober | None = None,
         constraints: Constraints | None = None,
+        order: FairOrder | None = None,
         on_news: Callable[[News], None] = lambda news: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,6 +109,7 @@ class Engine:
         self._by_rank: dict[Rank, Sequence] = {}
         self._outputs: list[SequenceOutput] = []
         self._num_ranks = 0
+        self._fair = order or FairOrder()
         self.is_broken = False  # steps fail for good: what it holds is not to be trusted
         self._num_failed_in_a_row = 0
         self._ran = False  # the last step had something to run
@@ -148,12 +151,26 @@ class Engine:
             eos_token_ids=self._eos_token_ids,
             seed=secrets.randbits(63) if seed is None else seed,
             invocations=self._slots.invocations(digests),
+            place=self._place(request, tuple(digests)),
         )
         self._num_ranks += 1
         self._sequences[seq.request_id] = self._by_rank[seq.order] = seq
         self._scheduler.add(seq)
         if self._constraints is not None and seq.has_grammar:
             self._constraints.begin(seq)
+
+    def _place(self, request: api.GenerationRequest, digests: tuple[str, ...]) -> Place:
+        prompt, sampling = len(request.prompt_token_ids), request.sampling
+        room = self._max_model_len - prompt
+        return self._fair.come(
+            (request.tenant, digests),
+            self._num_ranks,
+            num_prompt_tokens=prompt,
+            max_output_tokens=0 if request.pooling else min(sampling.max_tokens or room, room),
+            pages_to_load=self._slots.pages_to_load(digests),
+            priority=request.priority,
+            share=request.share,
+        )
 
     def cancel(self, request_id: str) -> bool:
         """End a request; what it held is given back (`in_flight.py`), its last output comes with
@@ -269,6 +286,7 @@ class Engine:
             if seq.first_scheduled_time is None:
                 seq.first_scheduled_time = self._clock()
                 seq.num_cached_tokens = item.start
+                self._fair.serve(seq.place)
                 self._num_prompt_tokens += seq.num_prompt_tokens
 
     def _update(self, step: StepInFlight, samples: list[StepSample]) -> None:
@@ -377,6 +395,12 @@ class Engine:
             self._constraints.forget(seq)
         del self._sequences[seq.request_id]
         del self._by_rank[seq.order]
+        has_run = seq.first_scheduled_time is not None
+        self._fair.leave(
+            seq.place,
+            num_run_tokens=seq.num_prompt_tokens - seq.num_cached_tokens if has_run else 0,
+            num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens,
+        )
         seq.finish_reason = output.finish_reason
         self._outputs.append(output)
 
@@ -475,7 +499,7 @@ class Engine:
     def next_rank(self) -> Rank:
         """A place in the queue of adapter loads for somebody who is not a request."""
         self._num_ranks += 1
-        return (0, self._num_ranks - 1)
+        return self._fair.next_to(self._num_ranks - 1)
 
     def fail_users(self, digest: str, error: ErrorInfo) -> None:
         """End every request that uses the adapter."""

@@ -152,7 +152,7 @@ class Books:
         """Bring adapters, each used once, until one has to go or one finds no room."""
         evictions = self.slots.num_evictions
         while self.slots.num_evictions == evictions:
-            rank, digest = (0, next(self._numbers)), f"adapter-{next(self._numbers)}"
+            rank, digest = next(self._numbers), f"adapter-{next(self._numbers)}"
             self.slots.want(rank, [digest])
             for _ in range(4):
                 self.slots.advance()

@@ -4,7 +4,7 @@ A step spends `max_num_batched_tokens` so that every sequence's computed tokens 
 tokens: decode, chunked prefill, prefix hits and recompute after preemption are one case
 (Sarathi-Serve: 2403.02310).
 
-Order is `Sequence.order` everywhere: priority, then arrival. Running sequences go first, and each
+Order is `Sequence.order` everywhere (`fair_order.py`). Running sequences go first, and each
 decode among them is sure of its token; the rest of the budget goes to running prefills, then to
 waiting sequences.
 
@@ -14,6 +14,7 @@ waiting sequences.
   recomputed. The first in order can thus always go on, and since no request may need more blocks
   than there are, all of them end. Nothing is admitted in such a step, and a few blocks stay
   unallocated at admission, against thrashing.
+* Where all seats are taken, a tenant that has more than its share yields one to who has less.
 * A waiting sequence whose adapters are not on the device, or whose grammar is not compiled, is
   passed over and blocks nobody. One that lacks blocks blocks all behind it, else a long prompt
   would wait forever behind short ones.
@@ -27,8 +28,10 @@ on.
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from itertools import chain
 from typing import Protocol
 
 from loraplex.engine.block_manager import BlockManager
@@ -43,8 +46,8 @@ _KEEP_AVAILABLE = 0.01  # of all blocks, not allocated by admissions while other
 class Residency(Protocol):
     """What the scheduler asks of `adapters.slots.AdapterSlots`."""
 
-    def want(self, rank: tuple[int, int], digests: Iterable[str]) -> None: ...
-    def unwant(self, rank: tuple[int, int]) -> None: ...
+    def want(self, rank: int, digests: Iterable[str]) -> None: ...
+    def unwant(self, rank: int) -> None: ...
     def is_ready(self, digests: Iterable[str]) -> bool: ...
     def waits_for_room(self, digests: Iterable[str]) -> bool: ...
     def acquire(self, digests: Iterable[str]) -> None: ...
@@ -76,6 +79,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_waiting = max_num_waiting
+        self._waiting_tenants: Counter[str] = Counter()
         self._released_seq_ids: list[int] = []
         self._stopped_by = WaitingReason.QUOTA  # why the last schedule admitted no more
 
@@ -108,7 +112,7 @@ class Scheduler:
             self.running.remove(seq)
             self._give_back(seq)
         elif seq.status is SequenceStatus.WAITING:
-            self.waiting.remove(seq)
+            self._stop_waiting(seq)
             self._slots.unwant(seq.order)
         seq.status = SequenceStatus.FINISHED
 
@@ -133,11 +137,12 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step and allocate for it. Empty when nothing can run now."""
         chosen: list[ScheduledSequence] = []
+        first = self._yield_a_seat()
         budget, lacks_blocks = self._schedule_running(chosen, self._max_num_batched_tokens)
         if lacks_blocks:
             self._stopped_by = WaitingReason.KV
         else:
-            budget = self._schedule_waiting(chosen, budget)
+            budget = self._schedule_waiting(chosen, budget, first)
         chosen.sort(key=_batch_order)
         released = self._released_seq_ids
         if chosen:  # an empty schedule is not launched, so nobody would hear of them
@@ -195,14 +200,40 @@ class Scheduler:
         ), "running sequences cannot go on"
         return budget, lacks_blocks
 
-    def _schedule_waiting(self, chosen: list[ScheduledSequence], budget: int) -> int:
+    def _yield_a_seat(self) -> Sequence | None:
+        """Where all seats are taken and somebody waits whose tenant has at least two fewer (for its
+        share) than another, the other's last makes way. Returns who is to have the seat; at most
+        one a step.
+
+        What the last had computed stays findable, as far as blocks last, so coming back costs it
+        little.
+        """
+        if len(self.running) < self._max_num_seqs or not self._waiting_tenants:
+            return None
+        seats = dict.fromkeys(self._waiting_tenants, 0.0)
+        for seq in self.running:
+            seats[seq.request.tenant] = seats.get(seq.request.tenant, 0.0) + 1 / seq.request.share
+        crowd = max(seats, key=seats.__getitem__)
+        if min(seats[tenant] for tenant in self._waiting_tenants) > seats[crowd] - 2:
+            return None
+        for seq in self.waiting:
+            has_few = seats[seq.request.tenant] + 2 / seq.request.share <= seats[crowd]
+            if has_few and not seq.lacks_mask and self._slots.is_ready(seq.digests):
+                self._preempt(next(s for s in reversed(self.running) if s.request.tenant == crowd))
+                return seq
+        return None
+
+    def _schedule_waiting(
+        self, chosen: list[ScheduledSequence], budget: int, first: Sequence | None
+    ) -> int:
+        """first: whom a seat was made free for."""
         self._stopped_by = WaitingReason.QUOTA
         ready: dict[tuple[str, ...], bool] = {}  # thousands may wait for the same few adapters
         admitted: list[Sequence] = []
-        for seq in self.waiting:
+        for seq in self.waiting if first is None else chain((first,), self.waiting):
             if budget <= 0 or len(self.running) >= self._max_num_seqs:
                 break
-            if seq.lacks_mask:
+            if seq.lacks_mask or seq.status is SequenceStatus.RUNNING:
                 continue
             is_ready = ready.get(seq.digests)
             if is_ready is None:
@@ -217,7 +248,7 @@ class Scheduler:
             self._run(seq)
             budget -= self._choose(chosen, seq, min(seq.num_uncomputed_tokens, budget))
         for seq in admitted:
-            self.waiting.remove(seq)
+            self._stop_waiting(seq)
         return budget
 
     def _choose(self, chosen: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
@@ -233,7 +264,14 @@ class Scheduler:
     def _wait(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.WAITING
         insort(self.waiting, seq, key=_order)
+        self._waiting_tenants[seq.request.tenant] += 1
         self._slots.want(seq.order, seq.digests)
+
+    def _stop_waiting(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self._waiting_tenants[seq.request.tenant] -= 1
+        if not self._waiting_tenants[seq.request.tenant]:
+            del self._waiting_tenants[seq.request.tenant]
 
     def _run(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
@@ -272,7 +310,7 @@ def _decodes(seq: Sequence) -> bool:
     return seq.num_uncomputed_tokens == 1 and not seq.lacks_mask
 
 
-def _order(seq: Sequence) -> tuple[int, int]:
+def _order(seq: Sequence) -> int:
     return seq.order
 
 

@@ -31,6 +31,7 @@ from loraplex.engine.api import (
     SamplingParams,
     TokenLogprobs,
 )
+from loraplex.engine.fair_order import Place
 
 if TYPE_CHECKING:
     from loraplex.engine.grammars import Mask
@@ -71,6 +72,7 @@ class Sequence:
     eos_token_ids: frozenset[int]  # empty when the request ignores eos and has no grammar
     arrival_time: float  # seconds, the engine's clock
     seed: int  # the request's, or drawn when it was added
+    place: Place  # in the order of service
 
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
@@ -106,8 +108,12 @@ class Sequence:
         eos_token_ids: frozenset[int],
         seed: int,
         invocations: Mapping[str, tuple[int, ...]] | None = None,
+        place: Place | None = None,
     ) -> Sequence:
-        """invocations: invocation tokens of the request's activated LoRAs, by digest."""
+        """invocations: invocation tokens of the request's activated LoRAs, by digest.
+
+        place: None for one that no engine serves.
+        """
         num_prompt_tokens = len(request.prompt_token_ids)
         max_tokens = request.sampling.max_tokens
         return cls(
@@ -129,6 +135,7 @@ class Sequence:
             else frozenset(),
             arrival_time=arrival_time,
             seed=seed,
+            place=place or Place.by_arrival(seq_id, request.priority),
         )
 
     @property
@@ -161,9 +168,9 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: priority, then arrival."""
-        return (self.request.priority, self.seq_id)
+    def order(self) -> int:
+        """Who goes first (`fair_order.py`)."""
+        return self.place.order
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -34,6 +34,7 @@ def validate_request(request: GenerationRequest, model: ModelInfo, max_model_len
     _check_prompt(request.prompt_token_ids, model.vocab_size, max_model_len)
     _check_output(request, model.vocab_size, max_model_len)
     _check_adapters(request)
+    _check_range("share", request.share, 0.01, 100)
     if request.pooling not in (None, "mean", "last"):
         raise InvalidRequest(f"pooling={request.pooling!r}: must be 'mean' or 'last'")
     _check_sampling(request.sampling, model)

@@ -65,6 +65,11 @@ class Caller:
         """Tenants share no cached prefixes: how fast an answer is tells nothing of another's."""
         return asked if self.tenant is None else f"{self.tenant}/{asked}"
 
+    @property
+    def share(self) -> float:
+        """Of the engine, against other tenants' shares."""
+        return float(self.tenant_limits.get("share") or 1.0)
+
     def priority(self, asked: int) -> int:
         """Lower is earlier. A tenant may let others go first, not itself."""
         return asked if self.tenant is None else max(0, asked)

@@ -91,6 +91,8 @@ class EmbeddingService:
                     adapters=composition.uses(),
                     cache_salt=caller.cache_salt(body.cache_salt or ""),
                     priority=caller.priority(body.priority or 0),
+                    tenant=caller.billed,
+                    share=caller.share,
                     pooling=body.pooling or composition.defaults.pooling or "last",
                 ),
                 options,

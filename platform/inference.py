@@ -231,6 +231,8 @@ class InferenceService:
                     adapters=composition.uses(),
                     cache_salt=caller.cache_salt(body.cache_salt or ""),
                     priority=caller.priority(body.priority or 0),
+                    tenant=caller.billed,
+                    share=caller.share,
                 )
                 choices.append(Choice(index, request, options))
         choices.sort(key=lambda choice: choice.index)

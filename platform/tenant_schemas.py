@@ -29,6 +29,8 @@ class TenantLimits(KeyLimits):
 
     max_adapters: _Count | None = None
     max_bytes: _Count | None = None
+    # Of the engine while it is busy, against other tenants' shares; 1 unless said otherwise.
+    share: Annotated[float, Field(ge=0.01, le=100)] | None = None
 
 
 class TenantOrder(BaseModel):

@@ -28,6 +28,9 @@ MaxAdapters = Annotated[int | None, typer.Option(help="Adapters; -1 = no limit."
 MaxBytes = Annotated[
     str | None, typer.Option(help="Bytes of adapters, such as 20GB; none = no limit.")
 ]
+Share = Annotated[
+    float | None, typer.Option(help="Share of the engine against other tenants'; 0 = 1, as usual.")
+]
 Description = Annotated[str | None, typer.Option(help="For the list.")]
 
 
@@ -40,6 +43,7 @@ def create(
     max_concurrent: MaxConcurrent = None,
     max_adapters: MaxAdapters = None,
     max_bytes: MaxBytes = None,
+    share: Share = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +53,7 @@ def create(
     from loraplex.platform.tenant_schemas import TenantOrder
 
     limits = _changed(
-        {}, requests_per_s, tokens_per_min, max_concurrent, max_adapters, _bytes(max_bytes)
+        {}, requests_per_s, tokens_per_min, max_concurrent, max_adapters, _bytes(max_bytes), share
     )
     order = checked(TenantOrder, name=name, description=description or "", limits=limits)
     made = with_tenants(data_dir, lambda service: service.create_tenant(system("cli"), order))
@@ -72,6 +76,7 @@ def set_(
     max_concurrent: MaxConcurrent = None,
     max_adapters: MaxAdapters = None,
     max_bytes: MaxBytes = None,
+    share: Share = None,
     disabled: Annotated[
         bool | None,
         typer.Option("--disable/--enable", help="Refuse its keys; let them in again."),
@@ -97,6 +102,7 @@ def set_(
             max_concurrent,
             max_adapters,
             _bytes(max_bytes),
+            share,
         )
         order = TenantPatch(
             description=description, limits=checked(TenantLimits, **limits), disabled=disabled
@@ -113,6 +119,7 @@ def _changed(
     max_concurrent: int | None,
     max_adapters: int | None,
     max_bytes: int | None,
+    share: float | None,
 ) -> dict[str, Any]:
     """The limits with those that were given. None stays; what means "no limit" goes."""
     limits = dict(before)
@@ -122,6 +129,7 @@ def _changed(
         ("max_concurrent", max_concurrent, 0),
         ("max_adapters", max_adapters, -1),
         ("max_bytes", max_bytes, -1),
+        ("share", share, 0),
     ):
         if value == free:
             limits.pop(name, None)

@@ -133,14 +133,14 @@ class Bench:
 
     def bring(self, *digests: str, rank: int = 1000) -> None:
         for digest in digests:
-            self.slots.want((0, rank), [digest])
+            self.slots.want(rank, [digest])
             self.settle()
-            self.slots.unwant((0, rank))
+            self.slots.unwant(rank)
 
 
 def test_a_want_goes_through_the_states_and_is_ready() -> None:
     bench = Bench()
-    bench.slots.want((0, 1), ["a"])
+    bench.slots.want(1, ["a"])
     bench.slots.advance()
     bench.now += 2
     bench.loader.finish("a")
@@ -164,9 +164,9 @@ def test_what_a_load_took_is_told_by_phase_from_the_first_want_on() -> None:
         Stage.DEVICE: {Phase.QUEUE: 0.25, Phase.COPY: 1.0},
     }
     bench.now += 1000  # on disk for long: nobody waited
-    bench.slots.want((0, 1), ["a"])
+    bench.slots.want(1, ["a"])
     bench.now += 3
-    bench.slots.want((0, 2), ["a"])
+    bench.slots.want(2, ["a"])
     bench.slots.advance()
     bench.loader.finish("a")  # took 0.5 s, and was taken in after a long step
     bench.now += 2.5
@@ -180,7 +180,7 @@ def test_what_a_load_took_is_told_by_phase_from_the_first_want_on() -> None:
     assert not any(change.phases for change in bench.transitions[:-1])
     # From the host it is a copy only: what was read once is not told again.
     for rank in (1, 2):
-        bench.slots.unwant((0, rank))
+        bench.slots.unwant(rank)
     bench.slots.evict_device("a", drain=False)
     bench.bring("a")
     assert bench.transitions[-1].phases == {Phase.QUEUE: 0.25, Phase.COPY: 1.0}
@@ -198,7 +198,7 @@ def test_why_one_left_the_device_is_told() -> None:
     bench.bring("a")
     bench.slots.forget("a")
     assert reasons() == ["room", "order", "deleted"]
-    bench.slots.want((0, 1), ["c"])
+    bench.slots.want(1, ["c"])
     bench.slots.advance()
     bench.loader.finish("c", ok=False)
     bench.slots.advance()
@@ -207,14 +207,14 @@ def test_why_one_left_the_device_is_told() -> None:
 
 def test_joined_loads_and_refusals_are_counted() -> None:
     bench = Bench()
-    bench.slots.want((0, 1), ["a"])
-    bench.slots.want((0, 2), ["a"])
+    bench.slots.want(1, ["a"])
+    bench.slots.want(2, ["a"])
     bench.slots.advance()
-    bench.slots.want((0, 3), ["a"])
+    bench.slots.want(3, ["a"])
     bench.settle()
-    bench.slots.want((0, 4), ["a"])
+    bench.slots.want(4, ["a"])
     assert bench.slots.num_joins == 2
-    bench.slots.want((0, 5), ["b"])
+    bench.slots.want(5, ["b"])
     bench.slots.advance()
     bench.loader.finish("b", ok=False)
     bench.slots.advance()
@@ -231,7 +231,7 @@ def test_books_of_those_that_are_nowhere_are_bounded(monkeypatch: pytest.MonkeyP
     bench = Bench(device_bytes=30, host_bytes=30)
     bench.bring("a", "m0")  # these stay: on the device,
     bench.slots.pin("b")  # pinned,
-    bench.slots.want((0, 1), ["c"])  # wanted,
+    bench.slots.want(1, ["c"])  # wanted,
     bench.slots.check(["d"])
     bench.slots.refuse("d", True)  # being deleted
     for digest in many:
@@ -249,7 +249,7 @@ def test_books_of_those_that_are_nowhere_are_bounded(monkeypatch: pytest.MonkeyP
 def test_many_wants_cause_one_load() -> None:
     bench = Bench()
     for i in range(5):
-        bench.slots.want((0, i), ["a"])
+        bench.slots.want(i, ["a"])
         bench.slots.advance()
     assert bench.loader.begun == ["a"]
 
@@ -259,7 +259,7 @@ def test_the_unwanted_go_first_longest_unused_first() -> None:
     bench.bring("a", "b", "c")
     bench.slots.acquire(["a"])
     bench.slots.release(["a"])
-    bench.slots.want((0, 5), ["d"])  # needs two of the three places
+    bench.slots.want(5, ["d"])  # needs two of the three places
     bench.settle()
     assert bench.states() == {"a": "device", "b": "host", "c": "host", "d": "device"}
     assert bench.slots.get("b").evictions == 1  # type: ignore[union-attr]
@@ -271,7 +271,7 @@ def test_what_is_used_often_outlives_what_was_used_last() -> None:
     for digest in ("a", "a", "a", "b", "c"):
         bench.slots.acquire([digest])
         bench.slots.release([digest])
-    bench.slots.want((0, 5), ["d"])  # needs two of the three places
+    bench.slots.want(5, ["d"])  # needs two of the three places
     bench.settle()
     assert bench.states() == {"a": "device", "b": "host", "c": "host", "d": "device"}
 
@@ -293,12 +293,12 @@ def test_what_runs_is_pinned_or_wanted_earlier_stays() -> None:
     bench.bring("a", "b", "c")
     bench.slots.acquire(["a"])
     bench.slots.pin("b")
-    bench.slots.want((0, 1), ["c"])
-    bench.slots.want((0, 2), ["d"])
+    bench.slots.want(1, ["c"])
+    bench.slots.want(2, ["d"])
     bench.settle()
     assert bench.states() == {"a": "device", "b": "device", "c": "device", "d": "host"}
     assert bench.slots.waits_for_room(["d"])
-    bench.slots.unwant((0, 1))
+    bench.slots.unwant(1)
     bench.slots.release(["a"])
     bench.settle()
     assert bench.states() == {"a": "host", "b": "device", "c": "host", "d": "device"}
@@ -306,19 +306,19 @@ def test_what_runs_is_pinned_or_wanted_earlier_stays() -> None:
 
 def test_an_earlier_want_takes_the_place_of_a_later_one() -> None:
     bench = Bench(device_bytes=10)
-    bench.slots.want((0, 5), ["a"])
+    bench.slots.want(5, ["a"])
     bench.settle()
-    bench.slots.want((0, 1), ["b"])
+    bench.slots.want(1, ["b"])
     bench.settle()
     assert bench.states() == {"a": "host", "b": "device"}
 
 
 def test_of_the_wanted_the_latest_goes_first() -> None:
     bench = Bench(device_bytes=20)
-    bench.slots.want((0, 9), ["b"])
-    bench.slots.want((0, 5), ["a"])
+    bench.slots.want(9, ["b"])
+    bench.slots.want(5, ["a"])
     bench.settle()
-    bench.slots.want((0, 1), ["c"])
+    bench.slots.want(1, ["c"])
     bench.settle()
     assert bench.states() == {"a": "device", "b": "host", "c": "device"}
     assert bench.slots.num_evictions == 1
@@ -328,7 +328,7 @@ def test_members_of_one_composition_do_not_evict_each_other() -> None:
     bench = Bench(device_bytes=20)
     bench.bring("c")
     bench.slots.acquire(["c"])
-    bench.slots.want((0, 1), ["a", "b"])
+    bench.slots.want(1, ["a", "b"])
     bench.settle()
     assert bench.states() == {"a": "device", "b": "host", "c": "device"}
     assert bench.slots.num_evictions == 0
@@ -338,7 +338,7 @@ def test_no_more_is_drained_than_needed() -> None:
     bench = Bench(device_bytes=30)
     bench.bring("a", "b", "c")
     bench.slots.acquire(["a", "a", "b", "c"])
-    bench.slots.want((0, 1), ["d"])
+    bench.slots.want(1, ["d"])
     bench.settle()
     bench.now += 1.5
     bench.settle()
@@ -351,7 +351,7 @@ def test_patience_ends_in_draining_a_busy_adapter() -> None:
     bench = Bench(device_bytes=10)
     bench.bring("a")
     bench.slots.acquire(["a"])
-    bench.slots.want((0, 1), ["b"])
+    bench.slots.want(1, ["b"])
     bench.settle()
     assert bench.slots.is_ready(["a"])
     bench.now += 1.5
@@ -365,15 +365,15 @@ def test_patience_ends_in_draining_a_busy_adapter() -> None:
 
 def test_a_failure_ends_its_wants_and_backs_off() -> None:
     bench = Bench()
-    bench.slots.want((0, 1), ["a"])
-    bench.slots.want((0, 2), ["a", "b"])
-    bench.slots.want((0, 3), ["b"])
+    bench.slots.want(1, ["a"])
+    bench.slots.want(2, ["a", "b"])
+    bench.slots.want(3, ["b"])
     bench.slots.advance()
     bench.loader.finish("a", ok=False)
     failed = bench.slots.advance()
     assert [(f.rank, f.code, f.message) for f in failed] == [
-        ((0, 1), "adapter_load_failed", "broken"),
-        ((0, 2), "adapter_load_failed", "broken"),
+        (1, "adapter_load_failed", "broken"),
+        (2, "adapter_load_failed", "broken"),
     ]
     for wait_s in (1, 2, 4):  # doubles with each failure in a row
         bench.now += wait_s - 0.5
@@ -381,20 +381,20 @@ def test_a_failure_ends_its_wants_and_backs_off() -> None:
             bench.slots.check(["a"])
         bench.now += 0.5
         bench.slots.check(["a"])
-        bench.slots.want((0, 9), ["a"])
+        bench.slots.want(9, ["a"])
         bench.slots.advance()
         bench.loader.finish("a", ok=False)
         bench.slots.advance()
     bench.slots.retry("a")
     bench.slots.check(["a"])
-    bench.slots.want((0, 9), ["a"])
+    bench.slots.want(9, ["a"])
     assert bench.settle() == []
     assert bench.slots.is_ready(["a"])
 
 
 def test_a_failed_device_load_gives_its_room_back() -> None:
     bench = Bench(device_bytes=10)
-    bench.slots.want((0, 1), ["a"])
+    bench.slots.want(1, ["a"])
     bench.slots.advance()
     bench.loader.finish("a")
     bench.slots.advance()
@@ -408,9 +408,9 @@ def test_a_failed_device_load_gives_its_room_back() -> None:
 def test_loads_work_with_any_host_budget(host_bytes: int) -> None:
     bench = Bench(device_bytes=30, host_bytes=host_bytes)
     for i, digest in enumerate("abcde"):
-        bench.slots.want((0, i), [digest])
+        bench.slots.want(i, [digest])
         bench.settle()
-        bench.slots.unwant((0, i))
+        bench.slots.unwant(i)
         assert bench.slots.is_ready([digest])
         assert bench.slots.host_bytes_used <= host_bytes
 
@@ -430,9 +430,9 @@ def test_evicting_to_the_host_makes_the_next_load_skip_the_file() -> None:
 
 def test_nothing_is_dropped_while_it_loads() -> None:
     bench = Bench()
-    bench.slots.want((0, 1), ["a"])
+    bench.slots.want(1, ["a"])
     bench.slots.advance()
-    bench.slots.unwant((0, 1))
+    bench.slots.unwant(1)
     assert bench.slots.evict_host("a") is None
     assert bench.slots.forget("a") is None
     bench.settle()
@@ -570,7 +570,7 @@ class SlotsMachine(RuleBasedStateMachine):
             self.bench.slots.check(digests)
         except AdapterError:
             return
-        rank = (priority, self.num_wants)
+        rank = priority * 1000 + self.num_wants
         self.num_wants += 1
         self.bench.slots.want(rank, digests)
         self.waiting[rank] = digests

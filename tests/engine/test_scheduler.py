@@ -33,14 +33,14 @@ SIZE = 4
 class FakeResidency:
     def __init__(self) -> None:
         self.ready: set[str] = set()
-        self.wants: set[tuple[int, int]] = set()
+        self.wants: set[int] = set()
         self.running: Counter[str] = Counter()
 
-    def want(self, rank: tuple[int, int], digests: Iterable[str]) -> None:
+    def want(self, rank: int, digests: Iterable[str]) -> None:
         assert rank not in self.wants
         self.wants.add(rank)
 
-    def unwant(self, rank: tuple[int, int]) -> None:
+    def unwant(self, rank: int) -> None:
         self.wants.remove(rank)
 
     def is_ready(self, digests: Iterable[str]) -> bool:
@@ -140,7 +140,7 @@ def test_one_without_adapter_is_passed_over_but_keeps_its_place() -> None:
     bench.slots.ready.add("a")
     assert bench.shares() == {0: 2, 1: 1}
     assert bench.slots.running == {"a": 1}
-    assert bench.slots.wants == {(0, 2)}
+    assert bench.slots.wants == {2}
     assert bench.scheduler.waiting_reason(bench.scheduler.waiting[0]) is WaitingReason.QUOTA
 
 
