@@ -26,7 +26,7 @@ from loraplex.adapters.errors import AdapterError
 from loraplex.adapters.extras import Extras, Key
 from loraplex.adapters.extras_parts import GROUP_OF, Prepared, table_parts
 from loraplex.adapters.page_layout import FUSED_GROUPS, PartName
-from loraplex.adapters.weights import LoadedAdapter, LoadedModule
+from loraplex.adapters.weights import MODULE_KINDS, LoadedAdapter, LoadedModule
 from loraplex.engine.model import Decoder
 
 _NOTHING = 1e-6  # of |W|^2: a norm that small is rounding
@@ -47,7 +47,7 @@ class BaseWeights:
         """Fold the gains into B, and turn the extras into parts of the image.
 
         Raises: AdapterError "adapter_degenerate" where W + s B A has a row without length, which
-        DoRA would divide by.
+        DoRA would divide by; "adapter_overflow" where a gain takes B beyond the dtype's range.
         """
         extras = loaded.extras
         if not extras:
@@ -63,7 +63,7 @@ class BaseWeights:
                 key = (layer, module)
                 gain = self._gain(loaded, key)
                 if key in extras.magnitudes:
-                    modules[key] = _scaled(modules[key], gain)
+                    modules[key] = _scaled(modules[key], gain, loaded.digest)
                 gains.append(gain)
                 shifts.append(self._shift(extras, key, gain))
             parts["shift", layer, group] = torch.cat(shifts)[None]
@@ -82,16 +82,17 @@ class BaseWeights:
         """`[out]` fp32, ones without a magnitude."""
         if key not in loaded.extras.magnitudes:
             return torch.ones(self._decoder.config.module_shapes[key[1]][1])
-        squares = self.row_squares(key)
-        norms = self._squared_norms(loaded.modules[key], key)
-        if not bool((norms > _NOTHING * squares).all()):
-            row = int((norms > _NOTHING * squares).logical_not().nonzero()[0])
+        squared = self._squared_norms(loaded.modules[key], key)
+        is_sound = (squared > _NOTHING * self.row_squares(key)) & squared.isfinite()
+        if not bool(is_sound.all()):
+            row = int(is_sound.logical_not().nonzero()[0])
             raise AdapterError(
-                f"adapter {loaded.digest[:12]}: row {row} of module {key[1]} of layer {key[0]} has "
-                "no length after its delta, and DoRA divides by it; train it anew",
+                f"adapter {loaded.digest[:12]}: row {row} of {MODULE_KINDS[key[1]]} of layer "
+                f"{key[0]} has the squared length {float(squared[row]):g} after its delta, and "
+                "DoRA divides by it; train it anew",
                 code="adapter_degenerate",
             )
-        return loaded.extras.magnitudes[key] / norms.sqrt()
+        return loaded.extras.magnitudes[key] / squared.sqrt()
 
     def _squared_norms(self, module: LoadedModule, key: Key) -> Tensor:
         """`|W + s B A|^2` by rows, `[out]` fp32."""
@@ -125,8 +126,16 @@ class BaseWeights:
         return self._squares[group][columns]
 
 
-def _scaled(module: LoadedModule, gain: Tensor) -> LoadedModule:
-    return replace(module, bt=(module.bt.float() * gain).to(module.bt.dtype))
+def _scaled(module: LoadedModule, gain: Tensor, digest: str) -> LoadedModule:
+    bt = (module.bt.float() * gain).to(module.bt.dtype)
+    if not bool(bt.isfinite().all()):
+        kind = str(bt.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"adapter {digest[:12]}: B, scaled by DoRA's gains, is beyond the range of {kind}; "
+            "serve with --dtype bfloat16",
+            code="adapter_overflow",
+        )
+    return replace(module, bt=bt)
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[object]:

@@ -88,8 +88,15 @@ class AdapterProber:
         loaded = load_weights(self._store.path(digest), dtype)
         if not loaded.extras.magnitudes:
             return FromFiles(loaded)
-        with Checkpoint(self._model_dir) as checkpoint:
-            return FromFiles(loaded, dora_norms(loaded, checkpoint, self._decoder.config, dtype))
+        # One thread computes here, however many do for the steps.
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with Checkpoint(self._model_dir) as checkpoint:
+                norms = dora_norms(loaded, checkpoint, self._decoder.config, dtype)
+        finally:
+            torch.set_num_threads(num_threads)  # also the default of threads to come
+        return FromFiles(loaded, norms)
 
     @torch.inference_mode()
     def run_paged(self, source: FromFiles) -> Tensor:

@@ -248,7 +248,7 @@ def test_a_row_without_length_is_refused(
     a, bt = torch.zeros_like(module.a), torch.zeros_like(module.bt)
     a[0], bt[0, 5] = weight[5], -1 / module.scaling
     modules = loaded.modules | {(0, 3): replace(module, a=a, bt=bt)}
-    with pytest.raises(AdapterError, match="row 5 of") as refused:
+    with pytest.raises(AdapterError, match="row 5 of o_proj of layer 0") as refused:
         BaseWeights(bench.decoder).prepare(replace(loaded, modules=modules))
     assert refused.value.code == "adapter_degenerate"
 
