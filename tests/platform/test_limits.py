@@ -227,3 +227,35 @@ def test_a_refusal_by_one_limit_takes_nothing_of_another() -> None:
     admission.admit(caller).end()
     with pytest.raises(ApiError):
         admission.admit(caller)
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3},
+    "/v1/embeddings": {"input": "x"},
+    "/generate": {"inputs": "x", "parameters": {"max_new_tokens": 3}},
+    "/generate_stream": {"inputs": "x", "parameters": {"max_new_tokens": 3}},
+    "/": {"inputs": "x", "parameters": {"max_new_tokens": 3}},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_every_dialect_takes_tokens_and_is_counted(server: Any, path: str) -> None:
+    await tenant(server, tokens_per_min=1000)
+    headers = await key(server)
+    answer = await server.http.post(path, json=BODIES[path], headers=headers)
+    assert answer.status_code == 200, answer.text
+    (row,) = (await server.http.get("/v1/usage", headers=headers)).json()["data"]
+    assert row["requests"] == 1
+    used = row["prompt_tokens"] + row["generated_tokens"]
+    assert used >= 1 + 3 * ("embeddings" not in path)
+    meter = server.runtime.admission._meters["tenant", "acme"]
+    assert meter.tokens is not None
+    assert meter.tokens.level == 1000 - used
+    assert server.runtime.admission.running == {}
+    # In debt, every dialect is refused before the engine hears of it.
+    meter.tokens.level = -1
+    seen = len(server.engine.seen)
+    refused = await server.http.post(path, json=BODIES[path], headers=headers)
+    assert refused.status_code == 429
+    assert len(server.engine.seen) == seen
