@@ -222,9 +222,14 @@ class Constraints:
         return False
 
     def _start(self, constraint: _Constraint, compiled: CompiledGrammar) -> None:
+        seq = constraint.seq
+        output = seq.token_ids[seq.num_prompt_tokens :]  # of an engine that died
+
         def run() -> _News:
-            constraint.matcher = compiled.start()
-            return _News(constraint, constraint.edit.apply(constraint.matcher.mask(), 0))
+            matcher = constraint.matcher = compiled.start()
+            for token_id in output:
+                matcher.accept(token_id)
+            return _News(constraint, constraint.edit.apply(matcher.mask(), len(output)))
 
         self._submit(self._mask_workers, run, _News(constraint))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from engine_fakes import EOS, Bench
 from grammar_fakes import fake_grammar
@@ -169,6 +170,22 @@ def test_preemption_changes_no_token(depth: int) -> None:
     bench.check_over()
     assert bench.engine.stats().num_preemptions > 0
     assert all(len(tokens) == 30 for tokens in bench.tokens.values())
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_grammar_goes_on_in_another_engine_where_it_stood(depth: int) -> None:
+    """After a crash: the matcher has to take in what the engine that died had chosen."""
+    whole = Bench(max_in_flight=depth)
+    name = whole.add([3, 1, 2], max_tokens=12, grammar=fake_grammar(5, 40), min_tokens=7)
+    whole.run()
+    tokens = whole.tokens[name]
+    for done in (1, 6, 8):
+        other = Bench(max_in_flight=depth)
+        request = msgspec.structs.replace(whole.requests[name], output_token_ids=tokens[:done])
+        other.requests[name], other.tokens[name] = request, tokens[:done]
+        other.engine.add(request)
+        other.run()
+        assert other.tokens[name] == tokens
 
 
 def test_min_tokens_and_ignore_eos_put_the_end_off_as_long_as_the_grammar_goes_on() -> None:
