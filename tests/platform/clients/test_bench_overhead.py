@@ -35,7 +35,7 @@ def test_the_highest_rate_is_one_it_kept_up_with() -> None:
 def test_a_short_run() -> None:
     flags = ["--streams", "2", "--rates", "200", "--seconds", "0.2", "--probes", "3"]
     result = CliRunner().invoke(app, ["bench", "overhead", *flags])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, (result.output, result.exception)
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["bench"] == "overhead"
     assert record["ours"][0]["tokens"] == record["plain"][0]["tokens"] == 40
