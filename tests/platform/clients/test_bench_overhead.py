@@ -31,6 +31,10 @@ def test_the_highest_rate_is_one_it_kept_up_with() -> None:
     assert not slow.as_dict()["goals_met"]
 
 
+def test_less_cpu_than_the_clock_can_tell_is_one_tick() -> None:
+    assert run_at(2000, events=40, cpu_s=0.0).tokens_per_cpu_s == 4000
+
+
 @pytest.mark.e2e
 def test_a_short_run() -> None:
     flags = ["--streams", "2", "--rates", "200", "--seconds", "0.2", "--probes", "3"]
