@@ -16,7 +16,9 @@ MAX_DEPTH = 64  # of objects and lists within each other
 BODY_TIMEOUT_S = 60.0
 LARGE = 1 << 18  # bytes; scanned in a worker thread
 
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# A string that does not end reaches to the end of the body, and nothing is tried twice: else one
+# that is cut off behind many escaped quotes would take time by the square of its length.
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 class BodyLimitMiddleware:

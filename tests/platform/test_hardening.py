@@ -243,6 +243,16 @@ async def test_bodies_are_bounded_in_depth(server: Any) -> None:
     assert (await server.http.post("/v1/completions", json=flat)).status_code == 200
 
 
+@pytest.mark.parametrize("end", [b"", b"\\", b'"'])
+def test_looking_for_the_depth_takes_time_by_the_length_only(end: bytes) -> None:
+    """Would take hours if a string without an end were tried again from each quote in it."""
+    escaped = b'"' + b'\\"' * (1 << 18) + end
+    assert not body_limit.is_too_deep(b"[]" * 65 + escaped)
+    assert not body_limit.is_too_deep(b'["' + b"[" * 65 + end)
+    assert body_limit.is_too_deep(b'{"a\\"[":' * 65)
+    assert body_limit.is_too_deep(b'"\\\\"' + b"[" * 65)
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
