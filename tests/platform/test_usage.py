@@ -164,8 +164,15 @@ async def test_a_kill_loses_two_seconds_at_most(
         assert found == [(1, 3)]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("INSERT", {}, Exception("database is locked")),
+        ConnectionRefusedError("nobody listens"),  # asyncpg's, which SQLAlchemy lets through
+    ],
+)
 async def test_a_write_that_fails_is_tried_again(
-    server: Any, monkeypatch: pytest.MonkeyPatch
+    server: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     _, acme = await key(server, "acme")
     await complete(server, acme)
@@ -173,7 +180,7 @@ async def test_a_write_that_fails_is_tried_again(
 
     class Locked:
         def __init__(self, session: Any) -> None:
-            raise OperationalError("INSERT", {}, Exception("database is locked"))
+            raise error
 
     with monkeypatch.context() as broken:
         broken.setattr(usage_module, "UsageRepository", Locked)
