@@ -72,7 +72,7 @@ class KeyRing:
 
     def forget(self) -> None:
         """A key or tenant was changed; the next request sees it."""
-        self._checked_at = -math.inf
+        self._checked_at, self._state = -math.inf, None
         self._generation += 1
 
     async def caller(self, authorization: str, tenant: str) -> Caller:
@@ -117,8 +117,9 @@ class KeyRing:
                 keys, tenants = KeyRepository(session), TenantRepository(session)
                 state = (await keys.state(), await tenants.state())
                 if state != self._state:
+                    rows = await keys.all()  # first: no key is older than its tenant
                     found = {row.name: row for row in await tenants.all()}
-                    self._known = {row.id: _known(row, found) for row in await keys.all()}
+                    self._known = {row.id: _known(row, found) for row in rows}
                     self._tenant_limits = {name: row.limits for name, row in found.items()}
                     self._state = state
             if generation == self._generation:  # else what was read may be old already

@@ -67,7 +67,8 @@ class TenantRepository:
 
     async def state(self) -> object:
         """Equal as long as no tenant was made or changed."""
-        query = select(func.count(), func.max(Tenant.changed_at)).select_from(Tenant)
+        changed, disabled = func.max(Tenant.changed_at), func.count(Tenant.disabled_at)
+        query = select(func.count(), changed, disabled).select_from(Tenant)
         return tuple((await self._session.execute(query)).one())
 
 
@@ -91,5 +92,7 @@ class KeyRepository:
 
     async def state(self) -> object:
         """Equal as long as no key was made or changed."""
-        query = select(func.count(), func.max(ApiKey.changed_at)).select_from(ApiKey)
+        # Clocks differ between servers: a revocation shows whatever time it was given.
+        changed, revoked = func.max(ApiKey.changed_at), func.count(ApiKey.revoked_at)
+        query = select(func.count(), changed, revoked).select_from(ApiKey)
         return tuple((await self._session.execute(query)).one())

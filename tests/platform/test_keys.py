@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loraplex.platform import keys as keys_module
+from loraplex.platform import tenant_service
 from loraplex.platform.callers import Caller
 from loraplex.platform.db import Database
 from loraplex.platform.models import ApiKey, utc_now
@@ -128,6 +129,25 @@ async def test_what_another_process_changes_is_seen_soon(
     await TenantService(other, lambda: None).revoke_key(Caller(), key.split("_")[1])
     await other.close()
     monkeypatch.setattr(keys_module, "RECHECK_S", 0.0)
+    assert await status(server, key) == 401
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+async def test_a_clock_that_is_slow_does_not_keep_a_key_alive(
+    server: Any, monkeypatch: pytest.MonkeyPatch, by_itself: bool
+) -> None:
+    """Of another server, or of this one after it was set back."""
+    key = (await made(server))["key"]
+    await server.runtime.tenants.create_key(Caller(), KeyOrder())  # the latest change
+    assert await status(server, key) == 200
+    monkeypatch.setattr(tenant_service, "utc_now", lambda: utc_now() - timedelta(hours=1))
+    if by_itself:
+        await server.runtime.tenants.revoke_key(Caller(), key.split("_")[1])
+    else:
+        other = await Database.open(server.runtime.settings.effective_database_url)
+        await TenantService(other, lambda: None).revoke_key(Caller(), key.split("_")[1])
+        await other.close()
+        monkeypatch.setattr(keys_module, "RECHECK_S", 0.0)
     assert await status(server, key) == 401
 
 
