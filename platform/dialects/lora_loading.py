@@ -19,7 +19,7 @@ from loraplex.platform.sources.schemas import PullOrder
 
 DRAIN_TIMEOUT_S = 60.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_SOURCE = re.compile(r"(hub|dir|[a-z][a-z0-9+]*:/):?.*")
+_SOURCE = re.compile(r"(hub:|dir:|[a-z][a-z0-9+]*://).*")
 
 
 async def load(

@@ -159,6 +159,8 @@ def test_paths_and_hub_ids_become_sources() -> None:
         ("/srv//a/./x/y/", "dir:a/x/y"),
         ("org/name", "hub:org/name"),
         ("org/name@v1", "hub:org/name@v1"),
+        ("hubert/name", "hub:hubert/name"),
+        ("dirk/name", "hub:dirk/name"),
         ("hub:org/name", "hub:org/name"),
         ("dir:a/x", "dir:a/x"),
         ("https://host/a.zip", "https://host/a.zip"),
