@@ -5,6 +5,7 @@ whom.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable
 
 from loraplex.adapters.store import AdapterStore
@@ -44,6 +45,7 @@ from loraplex.platform.schemas import (
 _ON_DEVICE = frozenset({AdapterState.DEVICE, AdapterState.DEVICE_LOADING, AdapterState.DRAINING})
 _RANKS = (8, 16, 32, 64, 128)
 _PAGE_RANKS = 16
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class AdminService:
@@ -195,6 +197,13 @@ class AdminService:
         }
         if not caller.is_operator:
             events = [event for event in events if event.digest in names][:limit]
+
+        def told(detail: str) -> str:
+            """Whom an adapter makes room for may be another tenant's."""
+            if caller.is_operator:
+                return detail
+            return _DIGEST.sub(lambda m: m[0] if m[0] in names else "another adapter", detail)
+
         return TransitionList(
             data=[
                 TransitionObject(
@@ -206,7 +215,7 @@ class AdminService:
                     after=str(event.after),
                     seconds=event.seconds,
                     reason=event.reason,
-                    detail=event.detail,
+                    detail=told(event.detail),
                     phases=event.phases,
                 )
                 for event in events

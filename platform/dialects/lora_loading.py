@@ -65,11 +65,13 @@ async def unload(state: Runtime, who: Caller, name: str) -> None:
     """
     if not await _exists(state, who, name):
         raise ApiError("adapter_not_found", f"The lora adapter '{name}' cannot be found.")
-    if await state.pulls.find(who, name) is None:
+    there = {row.version for row in (await state.adapters.get(who, name)).versions}
+    uploaded = sorted(there - await state.pulls.versions(who, name))
+    if uploaded:
         raise ApiError(
             "invalid_request",
-            f"The lora adapter '{name}' was uploaded, not loaded from a path; "
-            f"DELETE /v1/adapters/{name} removes it for good",
+            f"The lora adapter '{name}' was uploaded (version {uploaded[0]}), not loaded from a "
+            f"path; DELETE /v1/adapters/{name} removes it for good",
         )
     await state.pulled.delete(who, name, version=None, force=False, drain_timeout_s=DRAIN_TIMEOUT_S)
 

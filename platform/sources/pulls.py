@@ -26,6 +26,7 @@ from loraplex.platform.errors import ApiError
 from loraplex.platform.finishing import finished, irrevocable
 from loraplex.platform.models import DEFAULT_TENANT, Pull, utc_now
 from loraplex.platform.names import Reference
+from loraplex.platform.origin_queries import pulled_versions
 from loraplex.platform.registration import Registration
 from loraplex.platform.repositories import AuditRepository, PullRepository
 from loraplex.platform.served_model import ServedModel
@@ -214,12 +215,21 @@ class PullService:
         async with self._db.read() as session:
             return await PullRepository(session).get(*key)
 
+    async def versions(self, caller: Caller, name: str) -> set[int]:
+        """Those of an adapter of the caller's own that were pulled, not uploaded."""
+        key = _key(caller, name)
+        if key is None:
+            return set()
+        tenant, bare = key
+        async with self._db.read() as session:
+            return await pulled_versions(session, tenant, bare)
+
     def _job(self, caller: Caller, name: str) -> Job | None:
         key = _key(caller, name)
         return None if key is None else self._jobs.get(key)
 
     async def page(self, caller: Caller) -> PullList:
-        """The last pull of every name: an operator's of all tenants."""
+        """The last pull of every name: an operator's of all tenants, as that one names them."""
         async with self._db.read() as session:
             rows = await PullRepository(session).all(caller.tenant)
         data = []
@@ -227,11 +237,12 @@ class PullService:
             if _key(caller, f"{row.tenant}/{row.name}") is None:
                 continue
             job = self._jobs.get((row.tenant, row.name))
-            data.append(
+            pull = (
                 pull_view.pull_object(row)
                 if job is None
                 else pull_view.pull_object(job.row, job.progress)
             )
+            data.append(pull.model_copy(update={"id": caller.shown(row.tenant, row.name)}))
         return PullList(data=data)
 
     def counters(self) -> PullCounters:

@@ -126,6 +126,23 @@ async def test_what_was_uploaded_is_not_unloaded(loading: Any) -> None:
     assert await names(loading) == ["mine"]
 
 
+async def test_an_upload_under_a_loaded_name_is_not_unloaded_either(
+    loading: Any, folders: Path
+) -> None:
+    """Whichever came first."""
+    path = str(folders / "other")
+    await loading.upload("first")
+    loaded = await vllm(loading, "load", lora_name="first", lora_path=path, load_inplace=True)
+    assert loaded.status_code == 200
+    await vllm(loading, "load", lora_name="second", lora_path=path)
+    await loading.upload("second")
+    for name in ("first", "second"):
+        answer = await vllm(loading, "unload", lora_name=name)
+        assert answer.status_code == 400, name
+        assert f"DELETE /v1/adapters/{name}" in answer.json()["error"]["message"]
+    assert await names(loading) == ["first", "second"]
+
+
 async def test_sglang_tells_what_is_loaded(loading: Any, folders: Path) -> None:
     async def post(action: str, **body: Any) -> tuple[int, dict[str, Any]]:
         answer = await loading.http.post(f"/{action}_lora_adapter", json=body)

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from loraplex.engine.api import AdapterEvent, AdapterState
+from loraplex.platform.models import Pull
+
 OPERATOR = "operator-key"
 
 
@@ -173,3 +176,43 @@ async def test_the_audit_log_says_who_changed_what(server: Any, upload_parts: An
     assert patch["after"]["limits"] == {"max_concurrent": 3}
     secret = acme["authorization"].removeprefix("Bearer ")
     assert secret not in str(everything)
+
+
+async def test_who_made_way_for_whom_is_told_of_own_adapters_only(
+    server: Any, upload_parts: Any
+) -> None:
+    acme, beta = await key_of(server, "acme"), await key_of(server, "beta")
+    mine = (await upload(server, acme, "mine", upload_parts, alpha=8)).json()["digest"][7:]
+    more = (await upload(server, acme, "more", upload_parts, alpha=4)).json()["digest"][7:]
+    other = (await upload(server, beta, "sql", upload_parts, alpha=16)).json()["digest"][7:]
+    gone = AdapterState.DEVICE, AdapterState.HOST
+    for leaving, coming in ((mine, other), (mine, more), (more, mine)):
+        detail = f"makes room for {coming}"
+        server.engine.tell(AdapterEvent(leaving, *gone, 1.0, 100.0, detail, "room"))
+    path = "/v1/admin/transitions"
+    answer = await server.http.get(path, headers=acme)
+    assert other not in answer.text
+    assert [t["detail"] for t in answer.json()["data"]] == [
+        f"makes room for {mine}",
+        f"makes room for {more}",
+        "makes room for another adapter",
+    ]
+    assert other in (await server.http.get(path)).text  # an operator's
+
+
+async def test_an_operator_tells_pulls_of_one_name_apart(server: Any) -> None:
+    acme, beta = await key_of(server, "acme"), await key_of(server, "beta")
+    async with server.runtime.db.unit_of_work() as session:
+        for tenant in ("acme", "default"):
+            row = Pull(tenant=tenant, name="sql", source=f"dir:shared/{tenant}", actor="key:x")
+            row.status = "ready"
+            session.add(row)
+    ids = []
+    for headers in ({}, acme, beta):
+        answer = await server.http.get("/v1/admin/pulls", headers=headers)
+        ids.append([(pull["id"], pull["source"]) for pull in answer.json()["data"]])
+    assert ids == [
+        [("acme/sql", "dir:shared/acme"), ("sql", "dir:shared/default")],
+        [("sql", "dir:shared/acme")],
+        [],
+    ]
