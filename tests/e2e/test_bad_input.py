@@ -142,11 +142,12 @@ CONFIG: dict[str, dict[str, Any] | Callable[[dict[str, Any]], Any]] = {
     "alpha not a number": {"lora_alpha": "a lot"},
     "not LoRA": {"peft_type": "PREFIX_TUNING"},
     "unknown key": {"rotate_by": 90},
-    "DoRA": {"use_dora": True},
-    "bias": {"bias": "all"},
-    "lora_bias": {"lora_bias": True},
-    "modules to save": {"modules_to_save": ["lm_head"]},
-    "token rows": {"trainable_token_indices": [1, 2]},
+    "DoRA without magnitudes": {"use_dora": True},
+    "bias of an unknown kind": {"bias": "some"},
+    "lora_bias without biases": {"lora_bias": True},
+    "modules to save that are not there": {"modules_to_save": ["lm_head"]},
+    "token rows that are not there": {"trainable_token_indices": [1, 2]},
+    "stored transposed": {"fan_in_fan_out": True},
     "target that is not there": {"target_modules": ["c_attn"]},
     "target regex that does not compile": {"target_modules": "(q_proj"},
     "no targets": {"target_modules": []},
@@ -228,10 +229,11 @@ def test_all_problems_are_told_at_once(
 ) -> None:
     config, weights = good
     error = refused(
-        post(http, {**config, "use_dora": True, "surprise": 1}, without("lora_B")(weights)), 422
+        post(http, {**config, "fan_in_fan_out": True, "surprise": 1}, without("lora_B")(weights)),
+        422,
     )
     text = json.dumps(error["details"])
-    assert "use_dora" in text
+    assert "fan_in_fan_out" in text
     assert "surprise" in text
     assert "lora_B" in text
 
