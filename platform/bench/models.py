@@ -33,6 +33,7 @@ class LlamaShape:
     mlp_size: int
     vocab_size: int
     max_model_len: int = 2048
+    attention_bias: bool = False  # of all four projections
 
     def config(self) -> dict[str, Any]:
         """As in a Hugging Face config.json."""
@@ -50,7 +51,7 @@ class LlamaShape:
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
             "hidden_act": "silu",
-            "attention_bias": False,
+            "attention_bias": self.attention_bias,
             "mlp_bias": False,
             "tie_word_embeddings": False,
             "bos_token_id": 1,
@@ -105,6 +106,8 @@ def write_model(folder: Path, shape: LlamaShape, seed: int = 0, scale: float = _
             tensors[f"{prefix}{norm}.weight"] = _bf16(np.ones(hidden, np.float32))
         for path, (out_size, in_size) in linear_shapes(config).items():
             tensors[f"{prefix}{path}.weight"] = _random(rng, out_size, in_size, scale=scale)
+            if shape.attention_bias and path.startswith("self_attn"):
+                tensors[f"{prefix}{path}.bias"] = _random(rng, out_size, scale=scale)
     write_safetensors(folder / "model.safetensors", tensors)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})

@@ -4,17 +4,30 @@ in a server.
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraplex.platform.bench.soak.driver import OPERATIONS
 from loraplex.platform.bench.soak.ledger import Ledger
 from loraplex.platform.bench.soak.plan import Plan
 from loraplex.platform.bench.soak.processes import MIB, Sample, Watched, grown
+from loraplex.platform.bench.soak.reference import KINDS, greedy
 from loraplex.platform.bench.soak.run import soak
-from loraplex.platform.bench.soak.world import BASE, Composition, Content, World, plain
+from loraplex.platform.bench.soak.world import (
+    BASE,
+    FILES,
+    NUM_ADDITIVE,
+    NUM_KINDS,
+    Composition,
+    Content,
+    World,
+    plain,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -31,6 +44,42 @@ def test_a_short_soak_finds_nothing(soak_world: World, tmp_path: Path) -> None:
     done = {outcome.partition(":")[0] for outcome in result["outcomes"]}
     assert done >= set(OPERATIONS) - {"verify"}, "something was not tried"
     assert result["adapters_that_filled_the_memory"] >= 4
+
+
+# What a server that knew only A and B of linear modules would read in a config.
+AB_ONLY: dict[str, Any] = {
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+}
+
+
+def test_what_adapters_have_beyond_a_and_b_is_heard(soak_world: World, tmp_path: Path) -> None:
+    """Else a server that left it out would go unseen."""
+    from peft import PeftModel
+    from safetensors.torch import load, save_file
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(soak_world.model), dtype=torch.float32)
+    for index in range(NUM_ADDITIVE, NUM_KINDS):
+        folder, content = tmp_path / str(index), soak_world.contents[index]
+        folder.mkdir()
+        config = json.loads(content.config) | AB_ONLY
+        config["target_modules"] = list({*config["target_modules"]} - {"lm_head", "embed_tokens"})
+        (folder / FILES[0]).write_text(json.dumps(config))
+        tensors = {
+            name: tensor
+            for name, tensor in load(content.weights).items()
+            if ".layers." in name and name.endswith((".lora_A.weight", ".lora_B.weight"))
+        }
+        save_file(tensors, str(folder / FILES[1]))
+        model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+        told = greedy(model.eval(), list(soak_world.prompts))
+        heard = soak_world.answers[plain(index)]
+        differs = [a[: len(b)] != b[: len(a)] for a, b in zip(told, heard, strict=True)]
+        assert sum(differs) >= len(differs) / 2, f"{KINDS[index]}: heard in {differs}"
 
 
 # Python imports `sitecustomize` first; this one spoils the engine's process.

@@ -37,6 +37,17 @@ ODD_ELEMENTS = {  # little-endian bytes of one element
     "F16": ("007e", "007c", "ff7b", "0100", "0080"),
 }
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "f32", "", "F999")
+OTHER_FORMATS: dict[str, tuple[Json, ...]] = {
+    "use_dora": (True, False),
+    "lora_bias": (True, False),
+    "bias": ("all", "lora_only", "none"),
+    "modules_to_save": (["lm_head"], ["embed_tokens"], ["layers"], ["norm", "input_layernorm"]),
+    "trainable_token_indices": (
+        [5, 9], [5, 9, 511, 400], [5, 5, 9], [5, 9, 512], [2**40, 9, 5], {"lm_head": [5, 9, 400]},
+    ),
+    "target_modules": (["lm_head"], ["embed_tokens"], ["model"], ["q_proj", "v_proj", "lm_head"]),
+    "ensure_weight_tying": (True,),
+}  # fmt: skip
 BAD_PATHS = (
     "../adapter_config.json", "../../etc/cron.d/adapter_config.json", "/adapter_config.json",
     "a/../../adapter_config.json", "C:\\adapter_config.json", "..\\..\\adapter_config.json",
@@ -236,6 +247,14 @@ def _config_key(draw: random.Random, content: Content, kind: str) -> Hostile:
     return Hostile(kind, _dumped(config), content.weights)
 
 
+def _format(draw: random.Random, content: Content, kind: str) -> Hostile:
+    """The config tells of another format than the file has, or of ends that do not meet."""
+    config = json.loads(content.config)
+    key = draw.choice(list(OTHER_FORMATS))
+    config[key] = draw.choice([v for v in OTHER_FORMATS[key] if v != config.get(key)])
+    return Hostile(kind, _dumped(config), content.weights)
+
+
 def _config_bits(draw: random.Random, content: Content, kind: str) -> Hostile:
     config = _flip(draw, content.config, 0, len(content.config), draw.randint(1, 3))
     return Hostile(kind, config, content.weights)
@@ -359,6 +378,7 @@ _CHANGES: dict[str, Callable[[random.Random, Content, str], Hostile]] = {
     "no weights file": _another_kind,
     "config value": _config_value,
     "config key": _config_key,
+    "another format": _format,
     "config bits": _config_bits,
     "no config": _config_whole,
     "path in an archive": _archive_path,

@@ -22,13 +22,16 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from loraplex.platform.bench.soak.world import NUM_KINDS, TOKEN_ROWS
+
 MARGIN = 1e-3
 NUM_TOKENS = 8
 # Of A and B: large enough that every adapter says something else than the base model.
 SCALE = 0.2
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Taken in turn; every round of them has ranks of its own from RANKS.
+# Taken in turn; every round of them has ranks of its own from RANKS. The first add a product to
+# weights and nothing else (world.NUM_ADDITIVE of them), so compositions are made of those.
 KINDS: tuple[dict[str, Any], ...] = (
     {"target_modules": LINEAR},
     {"target_modules": ["q_proj", "v_proj"]},
@@ -36,7 +39,14 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"target_modules": r".*\.(o_proj|down_proj)"},
     {"target_modules": LINEAR, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 9}},
     {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1]},
+    {"target_modules": LINEAR, "use_dora": True},
+    {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    {"target_modules": LINEAR, "modules_to_save": ["lm_head"]},
+    {"target_modules": ["v_proj"], "trainable_token_indices": TOKEN_ROWS},
+    {"target_modules": LINEAR, "bias": "all"},
+    {"target_modules": ["k_proj", "o_proj", "up_proj"], "lora_bias": True},
 )
+assert len(KINDS) == NUM_KINDS, "world.py counts them, since it must not import torch"
 RANKS = (4, 8, 16, 24, 40)
 
 
@@ -53,10 +63,23 @@ def make_adapter(base: Any, index: int, seed: int, folder: Path) -> Any:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * SCALE)
+            _train(name, parameter, draw)
     model.eval().save_pretrained(str(folder))
     return model
+
+
+def _train(name: str, parameter: Tensor, draw: torch.Generator) -> None:
+    """Move what such an adapter has of its own, in place, as training would; nothing else."""
+
+    def noise() -> Tensor:
+        return torch.randn(parameter.shape, generator=draw) * SCALE
+
+    if "lora_magnitude" in name:
+        parameter.mul_(1 + noise())
+    elif "lora_" in name:
+        parameter.copy_(noise())
+    elif parameter.requires_grad:  # rows of tokens, a whole module, a bias of the base model
+        parameter.add_(noise())
 
 
 def composed(base: Any, folders: Sequence[Path], weights: Sequence[float]) -> Any:

@@ -17,11 +17,15 @@ from pathlib import Path
 from loraplex.platform.bench import models
 from loraplex.platform.bench.peer import PeerError
 
-SHAPE = models.LlamaShape("soak", 2, 64, 4, 2, 16, 128, 512, max_model_len=256)
+SHAPE = models.LlamaShape("soak", 2, 64, 4, 2, 16, 128, 512, 256, attention_bias=True)
 MODEL_SCALE = 0.1
 NUM_PROMPTS = 6
 SHORT, LONG = 10, 45  # tokens; the long ones begin alike for two blocks of 16
 COMMON = 32
+# What reference.py makes in turn; importing that would be importing torch. The first kinds only add
+# to weights, so compositions are made of those.
+NUM_KINDS, NUM_ADDITIVE = 12, 6
+TOKEN_ROWS = [5, 9, 400]  # of the embedding, which one kind trains; in every prompt
 COMPOSITION_WEIGHTS = ((1.0, 1.0), (0.5, 1.5), (1.0, -0.5), (2.0, 0.25))
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -94,8 +98,9 @@ def make_world(folder: Path, num_contents: int, num_compositions: int, seed: int
     made = folder / "contents"
     made.mkdir(exist_ok=True)
     (folder / "prompts.json").write_text(json.dumps(prompts))
+    additive = [i for i in range(num_contents) if i % NUM_KINDS < NUM_ADDITIVE]
     compositions = [
-        list(zip(draw.sample(range(num_contents), 2), COMPOSITION_WEIGHTS[i % 4], strict=True))
+        list(zip(draw.sample(additive, 2), COMPOSITION_WEIGHTS[i % 4], strict=True))
         for i in range(num_compositions)
     ]
     command = [sys.executable, "-m", "loraplex.platform.bench.soak.reference"]
@@ -121,8 +126,8 @@ def _prompts(draw: random.Random) -> list[Tokens]:
     def some(count: int) -> Tokens:
         return [draw.randrange(3, SHAPE.vocab_size) for _ in range(count)]
 
-    common = some(COMMON)
-    short = [some(SHORT) for _ in range(NUM_PROMPTS // 2)]
+    common = [*TOKEN_ROWS, *some(COMMON - len(TOKEN_ROWS))]
+    short = [[*some(SHORT - len(TOKEN_ROWS)), *TOKEN_ROWS] for _ in range(NUM_PROMPTS // 2)]
     return short + [common + some(LONG - COMMON) for _ in range(NUM_PROMPTS - len(short))]
 
 
