@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,10 +19,11 @@ from loraplex.platform.cli.server_api import AsJson
 
 def cold(
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="Few adapters, requests and rounds, to try it out.")
+        bool,
+        typer.Option("--tiny", help="A tiny model and few requests, to try it out: no target."),
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Of both sides, in turns.")] = 3,
-    num_requests: Annotated[int, typer.Option(min=8, help="In each round, to each side.")] = 120,
+    num_requests: Annotated[int, typer.Option(min=8, help="In each round, to each side.")] = 48,
     folder: Annotated[
         Path | None,
         typer.Option(help="An empty folder to keep all in; default: a temporary one."),
@@ -29,8 +32,8 @@ def cold(
 ) -> None:
     """Compare time to first token and inter-token latency with room for few adapters and for all.
 
-    16 adapters on room for 8, arriving at random, and 1000 on room for 100 by a power law. Takes
-    about 8 minutes on two cores, and 10 GB of disk.
+    16 adapters on room for 8, arriving at random, and 200 on room for 20 by a power law. Takes
+    some 6 minutes on two idle cores, and 2 GB of disk.
     """
     from loraplex.platform.bench import cold as bench
     from loraplex.platform.bench import models
@@ -40,12 +43,14 @@ def cold(
     from loraplex.platform.bench.upload import UploadError
     from loraplex.platform.cli.bench import ratio_table
 
+    # Its servers are to end with it, and its folder to go.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     progress, reached = output.stderr(), True
     with (
         nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory(prefix="loraplex-cold-")
     ) as root:
         runner = bench.ColdBench(
-            models.SHAPES["small"],
+            bench.TINY_SHAPE if tiny else models.SMALL,
             Path(root),
             1 if tiny else rounds,
             24 if tiny else num_requests,
@@ -58,7 +63,8 @@ def cold(
                 raise CliError(str(error)) from error
             results = bench.evaluate(measured)
             errors = sum(result["errors"] for rows in measured.values() for result in rows)
-            reached &= all(result.reached for result in results) and not errors
+            # What is tiny tells whether all of it works, and no figure.
+            reached &= (tiny or all(result.reached for result in results)) and not errors
             if not as_json:
                 output.stdout().print(ratio_table(case.name, results))
             print(
@@ -72,4 +78,4 @@ def cold(
                 flush=True,
             )
     if not reached:
-        raise CliError("not every target was reached; see the table")
+        raise CliError("not every target was reached, or requests failed; see above")
