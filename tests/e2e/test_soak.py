@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,18 @@ def test_a_version_that_changes_its_content_is_told(ledger: Ledger) -> None:
 
 def test_growth_is_of_the_last_half_and_ignores_a_warm_up() -> None:
     process: Any = None
-    warm = Watched("warm", process, [_sample(i, min(i, 40) * MIB) for i in range(100)])
-    leaky = Watched("leaky", process, [_sample(i, i * MIB) for i in range(100)])
-    told = grown([warm, leaky], 8 * MIB)
-    assert len(told) == 1
+
+    def watched(name: str, rss_mib: Callable[[int], int]) -> Watched:
+        return Watched(name, process, [_sample(i, rss_mib(i) * MIB) for i in range(100)])
+
+    warm = watched("warm", lambda i: min(i, 40))
+    filling = watched("filling", lambda i: 2 * min(i, 60))  # a cache, full after the half
+    leaky = watched("leaky", lambda i: i)
+    filling_and_leaky = watched("both", lambda i: 2 * min(i, 60) + i)
+    told = grown([warm, filling, leaky, filling_and_leaky], 8 * MIB)
+    assert len(told) == 2
     assert "leaky process grew by 49.0 MiB" in told[0]
+    assert "both process grew" in told[1]
 
 
 def _sample(requests: int, rss: int) -> Sample:
