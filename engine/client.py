@@ -47,7 +47,7 @@ from loraplex.engine.api import (
 )
 from loraplex.engine.child_process import ChildProcess, Death
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.errors import EngineDead, EngineError
+from loraplex.engine.errors import EngineDead, EngineError, InvalidRequest
 from loraplex.engine.flight_recorder import FlightRecord
 from loraplex.engine.recovery import Live, Recovery, Supervision
 from loraplex.engine.stream import Stream, TextChunk
@@ -201,8 +201,11 @@ class EngineClient:
         if sampling.seed is None:  # drawn here, so that another engine would go on alike
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         on_wire = msgspec.structs.replace(request, request_id=wire_id, sampling=sampling)
+        try:
+            self._send(Submit([on_wire]))
+        except OverflowError as error:  # so it must not become live, to be submitted again
+            raise InvalidRequest(f"a number of the request is too large: {error}") from None
         self._recovery.live[wire_id] = Live(self._next_serial, on_wire, stream)
-        self._send(Submit([on_wire]))
         try:
             while True:
                 chunk = await stream.next()

@@ -23,6 +23,7 @@ from loraplex.platform.openai_schemas import (
     Stop,
     StopTokenIds,
     Temperature,
+    TokenCount,
     TopK,
     TopP,
 )
@@ -50,8 +51,8 @@ class AdapterDefaults(BaseModel):
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[TokenCount, Field(ge=1)] | None = None
+    min_tokens: TokenCount | None = None
     stop: Stop | None = None
     stop_token_ids: StopTokenIds | None = None
     system_prompt: (

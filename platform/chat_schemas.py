@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from loraplex.platform.openai_schemas import MAX_LOGPROBS, GenerationBody
+from loraplex.platform.openai_schemas import MAX_LOGPROBS, GenerationBody, TokenCount
 
 MAX_TOOLS = 512
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -92,7 +92,7 @@ class NamedTool(BaseModel):
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template: str | None = None

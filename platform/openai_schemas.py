@@ -21,7 +21,7 @@ MAX_BAD_WORDS = 256
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=-1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**63)]
 MinP = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
@@ -29,6 +29,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenCount = Annotated[int, Field(ge=0, lt=2**63)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=128)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -75,7 +76,7 @@ class AdapterChoice(BaseModel):
 class GenerationBody(AdapterChoice):
     """What the routes that generate text take."""
 
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: TokenCount | None = None
     temperature: Temperature | None = Field(
         None,
         description="0 = greedy. Default: the model's generation_config, else 1. "
@@ -93,7 +94,7 @@ class GenerationBody(AdapterChoice):
     stop_token_ids: StopTokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: TokenCount | None = None
     skip_special_tokens: bool | None = None
     logit_bias: (
         Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]

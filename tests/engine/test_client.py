@@ -32,6 +32,7 @@ from loraplex.engine.errors import (
     AdapterUnavailable,
     EngineDead,
     EngineError,
+    InvalidRequest,
     ModelError,
     QueueFull,
 )
@@ -179,6 +180,20 @@ async def test_errors_keep_their_class_and_code():
         with pytest.raises(AdapterUnavailable, match="bad file") as caught:
             await anext(half)
         assert caught.value.code == "adapter_corrupt"
+        assert not client._recovery.live
+
+
+async def test_what_cannot_be_sent_is_refused_and_keeps_nobody_from_going_on():
+    """All that is live is submitted to the next engine at once."""
+    async with running() as client:
+        for number in (2**64, -(2**63) - 1):
+            with pytest.raises(InvalidRequest, match="too large"):
+                await collect(client, request(max_tokens=number))
+        stream = asyncio.create_task(collect(client, request(text="abcd", max_tokens=300)))
+        await until(lambda: _has_tokens(client, "r"))
+        assert client._child is not None
+        os.kill(client._child.pid, signal.SIGKILL)
+        assert (await stream).text == "abcd" * 75
         assert not client._recovery.live
 
 

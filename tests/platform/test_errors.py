@@ -446,3 +446,28 @@ async def call_and_hang_up(app: Any, body: dict[str, Any], hung_up: asyncio.Even
         "headers": [(b"content-type", b"application/json")],
     }
     await app(scope, receive, send)
+
+
+@pytest.mark.parametrize("number", [2**63, 10**40])
+async def test_numbers_that_no_engine_can_be_told_are_refused(server: Any, number: int) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for path, name, prompt in (
+        ("/v1/completions", "max_tokens", {"prompt": "x"}),
+        ("/v1/completions", "min_tokens", {"prompt": "x"}),
+        ("/v1/completions", "top_k", {"prompt": "x"}),
+        ("/v1/chat/completions", "max_completion_tokens", {"messages": messages}),
+    ):
+        answer = await server.http.post(path, json={**prompt, name: number})
+        assert answer.status_code == 400, name
+        assert answer.json()["error"]["param"] == name
+    for status, body in (
+        (422, {"inputs": "x", "parameters": {"max_new_tokens": number}}),
+        (400, {"text": "x", "sampling_params": {"max_new_tokens": number}}),
+    ):
+        answer = await server.http.post("/generate", json=body)
+        assert answer.status_code == status
+    await server.upload("sql")
+    for name in ("max_tokens", "min_tokens", "top_k"):
+        change = {"defaults": {name: number}}
+        answer = await server.http.patch("/v1/adapters/sql", json=change)
+        assert answer.status_code == 400, name
