@@ -214,8 +214,8 @@ class Scheduler:
         for seq in self.running:
             seats[seq.request.tenant] = seats.get(seq.request.tenant, 0.0) + 1 / seq.request.share
         crowd = max(seats, key=seats.__getitem__)
-        if min(seats[tenant] for tenant in self._waiting_tenants) > seats[crowd] - 2:
-            return None
+        if min(seats[tenant] for tenant in self._waiting_tenants) >= seats[crowd]:
+            return None  # nobody has few, whatever its share
         for seq in self.waiting:
             has_few = seats[seq.request.tenant] + 2 / seq.request.share <= seats[crowd]
             if has_few and not seq.lacks_mask and self._slots.is_ready(seq.digests):

@@ -73,7 +73,14 @@ class Bench:
         self.numbers = count()
 
     def add(
-        self, num_tokens: int, *, adapter: str = "", priority: int = 0, stem: int | None = None
+        self,
+        num_tokens: int,
+        *,
+        adapter: str = "",
+        priority: int = 0,
+        stem: int | None = None,
+        tenant: str = "",
+        share: float = 1.0,
     ) -> Sequence:
         number = next(self.numbers)
         request = GenerationRequest(
@@ -82,6 +89,8 @@ class Bench:
             sampling=SamplingParams(),
             adapters=(AdapterUse(adapter),) if adapter else (),
             priority=priority,
+            tenant=tenant,
+            share=share,
         )
         seq = Sequence.from_request(
             request,
@@ -107,6 +116,22 @@ class Bench:
     def shares(self) -> dict[int, int]:
         """Tokens of each sequence in the next step."""
         return {item.seq.seq_id: item.num_tokens for item in self.step().scheduled}
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0, 4.0])
+def test_seats_are_yielded_until_shares_have_alike(share: float) -> None:
+    """Equal shares of any size: what counts is two seats, not two seats of share 1."""
+    bench = Bench(seqs=4)
+    for _ in range(6):
+        bench.add(2, tenant="crowd", share=share)
+    bench.step()
+    few = [bench.add(2, tenant="few", share=share) for _ in range(6)]
+    for _ in range(6):
+        bench.step()
+    running = Counter(seq.request.tenant for seq in bench.scheduler.running)
+    assert running == {"crowd": 2, "few": 2}
+    assert bench.scheduler.num_preemptions == 2
+    assert [seq.status for seq in few[:2]] == ["running"] * 2
 
 
 def test_a_long_prompt_is_chunked_and_decodes_keep_their_token() -> None:
