@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraplex.adapters.errors import AdapterError
@@ -55,6 +55,7 @@ class Job:
     origin: Origin
     source: str  # whole: with this and the token two orders are told apart
     token: str | None = None
+    by_operator: bool = False  # not known any more of one that a stop interrupted
     progress: Progress = field(default_factory=Progress)
     cancelled_by: str | None = None
     task: asyncio.Task[None] | None = None
@@ -121,7 +122,8 @@ class PullService:
         row.pin = None if order.digest is None else order.digest.removeprefix("sha256:")
         row.has_secret = token is not None or origin.shown.endswith(SIGNED)
         source = order.source if row.has_secret else origin.shown
-        await self._launch(Job(row, registration, origin, source, token), model)
+        job = Job(row, registration, origin, source, token, caller.is_operator)
+        await self._launch(job, model)
 
     async def pull_folder(
         self, caller: Caller, name: str, origin: Origin, stamp: str, model: ServedModel
@@ -355,10 +357,11 @@ class PullService:
                     f"sha256:{row.pin}; nothing was registered",
                     param="digest",
                 )
+            caller = system(row.actor, row.tenant)
+            if job.by_operator:
+                caller = replace(caller, tenant=None)
             adapter, _ = await irrevocable(
-                self._adapters.admit(
-                    system(row.actor, row.tenant), job.order, staging, manifest, model, row.source
-                )
+                self._adapters.admit(caller, job.order, staging, manifest, model, row.source)
             )
             row.version, row.digest = adapter.versions[-1].version, manifest.digest
 

@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,6 +312,27 @@ async def test_templates_of_tenants_run_only_where_allowed(
             "/v1/adapters/sql", json={"defaults": {"system_prompt": "s"}}
         )
         assert system.status_code == 200
+
+
+async def test_a_template_that_an_operator_pulls_is_an_operators(
+    start: Any, upload_parts: Any, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    packed = archive(upload_parts(), {"chat_template.jinja": b"T"})
+    (shelf / "a.tar.gz").write_bytes(packed)
+    async with start(api_key=OPERATOR, source_dirs=f"shelf={shelf}") as server:
+        acme = await tenant(server)
+        operator = {"authorization": f"Bearer {OPERATOR}"}
+        for headers, expected in ((operator, {"chat_template": "T"}), (acme, {})):
+            order = {"name": "sql", "source": "dir:shelf/a.tar.gz"}
+            pull = await server.http.post("/v1/adapters/pull", json=order, headers=headers)
+            assert pull.status_code == 202, pull.text
+            found = pull.json()
+            while found["pull"]["status"] not in ("ready", "failed"):
+                await asyncio.sleep(0.01)
+                found = (await server.http.get("/v1/adapters/sql", headers=headers)).json()
+            assert found["shipped_defaults"] == expected
 
 
 async def test_a_template_that_does_not_end_is_ended(
