@@ -38,7 +38,8 @@ from loraplex.platform.bench.upload import upload_folder
 PROMPT_LEN, OUTPUT_LEN = 128, 32
 RANK = 16  # a page each
 UTILISATION = 0.4
-CALIBRATION_CLIENTS, CALIBRATION_REQUESTS = 8, 48
+CALIBRATION_CLIENTS, CALIBRATION_REQUESTS = 8, 32
+MIN_REQUESTS = 8  # in a round, or its figures are of nothing
 UPLOADS_AT_ONCE = 4
 HOST_PAGES = 16  # while adapters are only prepared
 SETTLE_TIMEOUT_S = 240.0  # for page files and proofs
@@ -87,15 +88,17 @@ def evaluate(measured: dict[str, list[Result]]) -> list[RatioResult]:
 
 
 class ColdBench:
-    """One model shape. folder: takes 10 MB for each adapter."""
+    """One model shape. round_s: seconds of arrivals, for each side. folder: takes 10 MB for each
+    adapter.
+    """
 
     def __init__(
-        self, shape: models.LlamaShape, folder: Path, rounds: int, num_requests: int, say: Say
+        self, shape: models.LlamaShape, folder: Path, rounds: int, round_s: float, say: Say
     ) -> None:
         self.shape = shape
         self.folder = folder
         self.rounds = rounds
-        self.num_requests = num_requests
+        self.round_s = round_s
         self.say = say
 
     def run(self, case: Case) -> tuple[dict[str, list[Result]], dict[str, Any]]:
@@ -121,6 +124,11 @@ class ColdBench:
                 _load(server.url, loaded)
             rate = self._calibrate(resident, names)
             self.say(f"{case.name}: {rate:.2f} requests/s, {UTILISATION:.0%} of a closed loop's")
+            if rate * self.round_s < MIN_REQUESTS:
+                raise PeerError(
+                    f"{rate:.2f} requests/s make no {MIN_REQUESTS} in a round of "
+                    f"{self.round_s:.0f} s; give --round-s {MIN_REQUESTS / rate + 1:.0f}"
+                )
             measured: dict[str, list[Result]] = {RESIDENT: [], COLD: []}
             for number in range(self.rounds):
                 sides = [(RESIDENT, resident), (COLD, cold)]
@@ -137,7 +145,7 @@ class ColdBench:
             "adapters": case.adapters, "room": case.room, "host_room": case.host_room,
             "alpha": case.alpha, "rate": round(rate, 3), "utilisation": UTILISATION,
             "loads": {side: sum(r["loads"] for r in rows) for side, rows in measured.items()},
-            "num_requests": self.num_requests, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN,
+            "round_s": self.round_s, "prompt_len": PROMPT_LEN, "output_len": OUTPUT_LEN,
         }  # fmt: skip
         return measured, how
 
@@ -154,6 +162,7 @@ class ColdBench:
             with ThreadPoolExecutor(UPLOADS_AT_ONCE) as pool:
                 list(pool.map(lambda item: upload_folder(server.url, *item), folders.items()))
             _load(server.url, list(folders))
+            _verify(server.url, list(folders))
             deadline = time.monotonic() + SETTLE_TIMEOUT_S
             while time.monotonic() < deadline:
                 files = sum(1 for _ in data.rglob("pages-*.bin"))
@@ -182,7 +191,7 @@ class ColdBench:
         self, server: ServerPeer, names: Sequence[str], alpha: float, rate: float, number: int
     ) -> Result:
         plan = workload.slora(
-            len(names), alpha, rate, 1.0, self.num_requests / rate,
+            len(names), alpha, rate, 1.0, self.round_s,
             (PROMPT_LEN, PROMPT_LEN + 1), (OUTPUT_LEN, OUTPUT_LEN + 1), seed=100 + number,
         )  # fmt: skip
         prompts = workload.prompts(plan, self.shape.vocab_size, 1000 + number)
@@ -203,6 +212,15 @@ def _load(url: str, names: Sequence[str]) -> None:
             answer = http.post(f"/v1/admin/adapters/{name}/load", json={"wait": True})
             if answer.is_error:
                 raise PeerError(f"{name} could not be loaded: {answer.text[:300]}")
+
+
+def _verify(url: str, names: Sequence[str]) -> None:
+    """Proofs in the background rest between each other, for five times as long in all."""
+    with httpx.Client(base_url=url, timeout=120) as http:
+        for name in names:
+            answer = http.post(f"/v1/adapters/{name}/verify")
+            if answer.is_error:
+                raise PeerError(f"{name} could not be proven: {answer.text[:300]}")
 
 
 def _copy(source: Path, target: Path) -> None:

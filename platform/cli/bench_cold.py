@@ -23,7 +23,7 @@ def cold(
         typer.Option("--tiny", help="A tiny model and few requests, to try it out: no target."),
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Of both sides, in turns.")] = 3,
-    num_requests: Annotated[int, typer.Option(min=8, help="In each round, to each side.")] = 48,
+    round_s: Annotated[float, typer.Option(min=1, help="Seconds of each, to each side.")] = 15,
     folder: Annotated[
         Path | None,
         typer.Option(help="An empty folder to keep all in; default: a temporary one."),
@@ -53,7 +53,7 @@ def cold(
             bench.TINY_SHAPE if tiny else models.SMALL,
             Path(root),
             1 if tiny else rounds,
-            24 if tiny else num_requests,
+            8 if tiny else round_s,
             lambda text: progress.print(f"[dim]{escape(text)}[/]", soft_wrap=True),
         )
         for case in bench.TINY_CASES if tiny else bench.CASES:
