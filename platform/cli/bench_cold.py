@@ -33,7 +33,7 @@ def cold(
     """Compare time to first token and inter-token latency with room for few adapters and for all.
 
     16 adapters on room for 8, arriving at random, and 200 on room for 20 by a power law. Takes
-    some 6 minutes on two idle cores, and 2 GB of disk.
+    6 to 8 minutes on two idle cores by estimate, and 2 GB of disk.
     """
     from loraplex.platform.bench import cold as bench
     from loraplex.platform.bench import models
