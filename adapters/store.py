@@ -127,6 +127,10 @@ class AdapterStore:
             raw = (self.path(digest) / MANIFEST_FILE).read_bytes()
         except FileNotFoundError:
             raise AdapterNotFound(f"adapter {digest[:12]} is not in the store") from None
+        except OSError as error:
+            raise AdapterCorrupt(
+                f"the manifest of adapter {digest[:12]} cannot be read: {error.strerror}"
+            ) from None
         manifest = AdapterManifest.from_json(raw)
         if manifest.digest != digest:
             raise AdapterCorrupt(f"the folder of {digest[:12]} holds {manifest.digest[:12]}")

@@ -241,7 +241,7 @@ class AdapterLoader:
         if not job.reported:  # else steps that wait for the rest fail, and say why
             self._report(
                 job,
-                error=str(error) if known else f"{type(error).__name__}: {error}",
+                error=str(error) if known else f"{type(error).__name__}: {_words(error)}",
                 code=error.code if isinstance(error, AdapterError) else "adapter_load_failed",
             )
 
@@ -256,3 +256,8 @@ class AdapterLoader:
             done = LoadDone(job.digest, job.stage, False, seconds, error, code, phases)
         self._done.put(done)
         self.on_done()
+
+
+def _words(error: Exception) -> str:
+    """Without the path that errors of the system name: clients are told."""
+    return error.strerror or "" if isinstance(error, OSError) else str(error)

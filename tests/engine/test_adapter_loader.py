@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraplex.adapters.errors import AdapterError, AdapterNotFound
+from loraplex.adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound
 from loraplex.adapters.pool import PagePool
 from loraplex.adapters.residency import LoadDone, Phase, Stage
 from loraplex.engine import adapter_loader
@@ -114,6 +114,32 @@ def test_what_is_forgotten_can_be_loaded_again(watched: Watched, digests: dict[s
 def test_a_missing_adapter_is_said_at_once(watched: Watched) -> None:
     with pytest.raises(AdapterNotFound):
         watched.loader.describe("0" * 64)
+
+
+def test_a_manifest_that_cannot_be_read_is_the_adapters_error(
+    watched: Watched, digests: dict[str, str], tmp_path: Path
+) -> None:
+    """Any other error would end the engine, which asks for it when a request comes."""
+    digest = digests["all"]
+    manifest = tmp_path / digest[:2] / digest / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()  # fails to be read whoever asks, root as well
+    with pytest.raises(AdapterCorrupt) as found:
+        watched.loader.describe(digest)
+    assert str(tmp_path) not in found.value.message
+    watched.load(digests["qv"])
+
+
+def test_no_path_is_told_when_the_system_refuses(
+    watched: Watched, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "/secret/place")
+
+    monkeypatch.setattr(adapter_loader, "load_weights", refused)
+    watched.loader.begin_host_load(digests["all"])
+    done = watched.wait()
+    assert (done.ok, done.error) == (False, "PermissionError: Permission denied")
 
 
 def test_files_that_vanish_are_reported(
