@@ -57,7 +57,7 @@ def describe_model(
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         num_layers=model.num_layers,
-        eos_token_ids=sorted(eos),
+        eos_token_ids=sorted(i for i in eos if i < model.vocab_size),  # others cannot come
         bos_token_id=bos[0] if bos else None,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=template if isinstance(template, str) else None,

@@ -198,9 +198,9 @@ class AdapterService:
 
         source: where it was pulled from, for the audit log.
         """
+        trusted = may_bring_template(caller, self._tenant_templates)
+        shipped = await shipped_defaults(staging.path, model, with_template=trusted)
         async with self._files_lock:
-            trusted = may_bring_template(caller, self._tenant_templates)
-            shipped = await shipped_defaults(staging.path, model, with_template=trusted)
             await asyncio.to_thread(self._store.commit, staging, manifest)
             content = _Content(manifest, shipped)
             try:
@@ -375,8 +375,7 @@ class AdapterService:
             await asyncio.shield(self._set_status(leaving, "ready"))
             await asyncio.shield(keep(self._engine, {row.digest for row in leaving}))
             raise
-        async with self._files_lock:
-            return await asyncio.shield(self._finish_delete(caller, name, leaving, freed))
+        return await finished(self._finish_delete(caller, name, leaving, freed))
 
     async def _begin_delete(
         self, caller: Caller, name: str, version: int | None, force: bool
@@ -424,6 +423,13 @@ class AdapterService:
         return freed
 
     async def _finish_delete(
+        self, caller: Caller, name: str, leaving: list[AdapterVersion], freed: Freed
+    ) -> AdapterDeleted:
+        # The lock is taken in here: who hangs up must not open it while files are being removed.
+        async with self._files_lock:
+            return await self._remove(caller, name, leaving, freed)
+
+    async def _remove(
         self, caller: Caller, name: str, leaving: list[AdapterVersion], freed: Freed
     ) -> AdapterDeleted:
         async with self._db.unit_of_work() as session:

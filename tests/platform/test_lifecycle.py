@@ -250,3 +250,32 @@ async def test_adapters_of_another_base_model_fail_until_it_is_back(
     async with start() as server:
         detail = (await server.http.get("/v1/adapters/sql")).json()
         assert (detail["status"], detail["error"]) == ("ready", None)
+
+
+async def test_hanging_up_on_a_delete_does_not_open_the_files_to_others(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deletion goes on without its client; an upload of the same content waits for its end."""
+    await server.upload("first")
+    adapters = server.runtime.adapters
+    removing, go_on = asyncio.Event(), asyncio.Event()
+    remove_unused = adapters._remove_unused
+
+    async def slowly(digest: str) -> int:
+        removing.set()
+        await go_on.wait()
+        removed: int = await remove_unused(digest)
+        return removed
+
+    monkeypatch.setattr(adapters, "_remove_unused", slowly)
+    delete = asyncio.create_task(server.http.delete("/v1/adapters/first"))
+    await removing.wait()
+    delete.cancel()
+    await asyncio.sleep(0)
+    assert adapters._files_lock.locked(), "the lock went with the client"
+    again = asyncio.create_task(server.upload("second"))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await again
+    answer = await server.http.get("/v1/adapters/second/download")
+    assert answer.status_code == 200, answer.text
