@@ -44,8 +44,8 @@ types: $(STAMP)
 imports: $(STAMP)
 	PYTHONPATH=.ns $(BIN)/lint-imports
 
-unit: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+unit: $(STAMP)                    ## two workers: one waits for servers and disks half of its time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(STAMP)                   ## the README's tables
 	$(BIN)/loraplex bench table $(ARGS)
