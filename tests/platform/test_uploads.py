@@ -100,7 +100,7 @@ async def test_other_media_types(post: Callable[..., Any]) -> None:
 async def test_refused_contents_name_every_problem(
     post: Callable[..., Any], adapter_files_module: Any
 ) -> None:
-    config = json.dumps(adapter_files_module.config(use_dora=True, surprise=1)).encode()
+    config = json.dumps(adapter_files_module.config(fan_in_fan_out=True, surprise=1)).encode()
     error = await post(
         multipart(("name", b"a", False), ("config", config, True), ("weights", b"junk", True))
     )

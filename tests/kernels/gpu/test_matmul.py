@@ -36,6 +36,7 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("sums_rows_alike")
 def test_a_row_does_not_depend_on_its_mates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = rand(131, 320, dtype=dtype), rand(70, 320, dtype=dtype)

@@ -82,6 +82,7 @@ def test_matrix_form_alone(monkeypatch: pytest.MonkeyPatch, rows: str) -> None:
     check(step, x, shrink(x, step.tables, step.work, 0, GATE_UP, batch_invariant=True), 0, GATE_UP)
 
 
+@pytest.mark.usefixtures("sums_rows_alike")
 def test_batch_invariant_rows_do_not_depend_on_their_mates() -> None:
     """The same row alone, first of five and last of forty: the same bits."""
     alone = make_step([(1, [(2, 1.0)])], torch.float16, small_only=True)
