@@ -150,6 +150,15 @@ def test_what_is_right_is_no_violation(ledger: Ledger) -> None:
     assert ledger.tokens_checked == 8
 
 
+def test_many_of_one_kind_leave_room_for_others(ledger: Ledger) -> None:
+    for i in range(50):
+        ledger.wrong(f"soak-{i:02}: tokens {list(range(i % 7))} of prompt {i} are not [9]")
+    ledger.wrong("generate: adapter_memory: adapter 12ab needs 9 bytes")
+    assert len(ledger.violations) == 4
+    assert ledger.num_violations == 51
+    assert "adapter_memory" in ledger.violations[-1]
+
+
 @pytest.mark.parametrize(
     ("adapters", "tokens", "told"),
     [

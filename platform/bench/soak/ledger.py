@@ -50,7 +50,7 @@ class Ledger:
 
     def wrong(self, what: str) -> None:
         self.num_violations += 1
-        kind = re.sub(r"[^a-z ]+", "", what)[:KIND_CHARS]  # the words of it
+        kind = " ".join(re.findall(r"[a-z]+", what))[:KIND_CHARS]  # its words, without numbers
         self._alike[kind] += 1
         if self._alike[kind] <= MAX_ALIKE and len(self.violations) < MAX_TOLD:
             self.violations.append(what)
