@@ -15,6 +15,9 @@ from loraplex.platform.responses import ABORT
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
 LINGER_S = 0.5
+# Longer than clients and proxies keep idle connections (5 to 60 s): who closes first must be the
+# client, or a request that it sends at that moment is lost with a reset connection.
+KEEP_ALIVE_S = 75
 
 
 class BoundedProtocol(HttpToolsProtocol):

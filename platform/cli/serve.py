@@ -23,7 +23,7 @@ from loraplex.engine.api import MemoryInfo
 from loraplex.engine.client import EngineClient
 from loraplex.platform.app import create_app
 from loraplex.platform.cli import output
-from loraplex.platform.cli.http_protocol import BoundedProtocol
+from loraplex.platform.cli.http_protocol import KEEP_ALIVE_S, BoundedProtocol
 from loraplex.platform.cli.loading import LoadingBar
 from loraplex.platform.cli.output import CliError, UsageError
 from loraplex.platform.cli.registry import registry_has_keys
@@ -134,6 +134,7 @@ class _Serving:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s + LAST_WORDS_S),
             )
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from typing import Any
 
 import openai
@@ -260,3 +262,14 @@ async def test_the_async_client_and_a_closed_stream(demo_server: Any, uploaded: 
         memory = (await http.get("/v1/admin/memory")).json()
     assert memory["kv_blocks_used"] == 0
     await client.close()
+
+
+def test_a_connection_outlives_the_clients_own_patience(demo_server: Any) -> None:
+    """httpx and others keep idle connections for 5 s. A server that closes at the same moment
+    resets the connection under their next request.
+    """
+    with socket.create_connection(("127.0.0.1", demo_server.port), timeout=10) as kept:
+        for pause_s in (0.0, 5.5):
+            time.sleep(pause_s)
+            kept.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert kept.recv(4096).startswith(b"HTTP/1.1 200")
