@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import socket
 import time
 from typing import Any
 
@@ -268,8 +268,12 @@ def test_a_connection_outlives_the_clients_own_patience(demo_server: Any) -> Non
     """httpx and others keep idle connections for 5 s. A server that closes at the same moment
     resets the connection under their next request.
     """
-    with socket.create_connection(("127.0.0.1", demo_server.port), timeout=10) as kept:
+    kept = http.client.HTTPConnection("127.0.0.1", demo_server.port, timeout=10)
+    try:
         for pause_s in (0.0, 5.5):
             time.sleep(pause_s)
-            kept.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+            kept.request("GET", "/healthz")
+            answer = kept.getresponse()
+            assert (answer.status, json.loads(answer.read())) == (200, {"status": "ok"})
+    finally:
+        kept.close()
