@@ -219,6 +219,8 @@ class Scheduler:
         for seq in self.waiting:
             has_few = seats[seq.request.tenant] + 2 / seq.request.share <= seats[crowd]
             if has_few and not seq.lacks_mask and self._slots.is_ready(seq.digests):
+                if self._blocks.num_blocks_for(seq.num_tokens) > self._blocks.num_available_blocks:
+                    return None  # a seat alone would not help it, and cost the other one
                 self._preempt(next(s for s in reversed(self.running) if s.request.tenant == crowd))
                 return seq
         return None
